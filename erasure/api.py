@@ -1,0 +1,36 @@
+"""The public functions: erase, load, verify, detach."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .artifact import attach_checked, detach, verify
+from .concept import Concept
+from .method import Eraser, Run, attach_for_good
+from .models import load_base
+from .registry import methods
+
+__all__ = ["detach", "erase", "list_methods", "load", "verify"]
+
+
+def list_methods() -> dict[str, str]:
+    """Names of all methods, plug-ins included, each with one line on it."""
+    return methods.summaries()
+
+
+def erase(pipe: Any, concept: Concept | Sequence[Concept], method: str = "uce", *, run: Run = Run(), **config: Any) -> Eraser:
+    """Fit a method by name on one or more concepts, attach the eraser to ``pipe`` for good (see `detach`), and give it back."""
+    concepts = [concept] if isinstance(concept, Concept) else list(concept)
+    eraser: Eraser = methods.get(method).from_config(config).fit(pipe, concepts, run=run)
+    attach_for_good(eraser, pipe)
+    return eraser
+
+
+def load(folder: str | Path, base: Any, **options: Any) -> Any:
+    """The base with the artefact of ``folder`` attached and checked: an ordinary diffusers pipeline. Anything wrong raises.
+
+    ``base``: a pipeline, or what `load_base` takes, with its ``options``.
+    """
+    pipe = load_base(str(base), **options) if isinstance(base, str | Path) else base
+    attach_checked(folder, pipe)
+    return pipe

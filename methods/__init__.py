@@ -1,0 +1,1 @@
+"""The erasure methods, one module each; ``erasure.registry.methods`` knows their names."""

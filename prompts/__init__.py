@@ -1,0 +1,1 @@
+"""Concepts, suites and prompt lists, found by scanning these folders."""
