@@ -1,0 +1,1 @@
+"""Distances between sets of images; each module names the paper of its formula."""

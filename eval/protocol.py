@@ -1,0 +1,73 @@
+"""A protocol fixes everything that two numbers must share before they may be compared."""
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .judges import judge_sha256
+from .metrics.features import EXTRACTORS
+
+SCORING = ("judge", "judge_sha256", "features", "features_sha256")
+"""Fields that decide scores only: images made under other ones can be scored again."""
+
+
+class Protocol(BaseModel):
+    """How images are made and who judges them. Unknown keys are errors; hashes of weight files are filled in and checked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scheduler: str
+    """Class name in diffusers."""
+    scheduler_config: dict[str, Any] = {}
+    """Changes to the scheduler that the model ships with; empty means as shipped."""
+    steps: int = Field(gt=0)
+    guidance: float = Field(ge=0)
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    negative_prompt: str | None = None
+    judge: str
+    judge_sha256: str = ""
+    features: str = "efficientnet-lite0"
+    features_sha256: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pin(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Record the files that are installed; a recorded hash that differs from the file is an error."""
+        for field, actual in _weight_hashes(data).items():
+            if data.get(field) and data[field] != actual:
+                raise ValueError(f"{field} is {data[field]} in the protocol, but the installed file has {actual}")
+            data = {**data, field: actual}
+        return data
+
+    def changed(self, **changes: Any) -> "Protocol":
+        """A copy with other values, checked like the first; its hash differs, so `compare` will not rank the two together."""
+        return Protocol.model_validate({**self.model_dump(), **changes})
+
+    @property
+    def hash(self) -> str:
+        """Identity of the whole protocol: images and judging."""
+        return digest(self.model_dump())
+
+    @property
+    def image_hash(self) -> str:
+        """Identity of what decides the images."""
+        return digest(self.model_dump(exclude=set(SCORING)))
+
+
+def digest(data: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of data as canonical JSON."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def _weight_hashes(data: dict[str, Any]) -> dict[str, str]:
+    features = data.get("features", "efficientnet-lite0")
+    if features not in EXTRACTORS:
+        raise ValueError(f"unknown feature extractor {features!r}; there are: {', '.join(EXTRACTORS)}")
+    found = {"features_sha256": EXTRACTORS[features]}
+    if "judge" in data:  # its absence is reported by the field itself
+        found["judge_sha256"] = judge_sha256(data["judge"])
+    return found

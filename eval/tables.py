@@ -1,0 +1,110 @@
+"""A comparison as a terminal table, markdown, CSV or JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from .columns import BY_KEY, COLUMNS, TERMINAL
+from .compare import Comparison, Line
+
+ALL = tuple(column.key for column in COLUMNS)
+
+
+def to_rich(table: Comparison, columns: Sequence[str] = TERMINAL) -> Table:
+    """For a terminal: intervals on a second line, first ranks bold, rows that may not be compared dim."""
+    keys = table.used(columns)
+    shown = Table(title=title(table), caption=caption(table), title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    shown.collapse_padding, shown.pad_edge = True, False
+    shown.add_column("", no_wrap=True)
+    for key in keys:
+        shown.add_column(heading(table, key).replace(" ", "\n", 1), justify="right", no_wrap=key in ("named", "implied", "kept"))
+    shown.add_column("")
+    for line in table.lines:
+        cells = [Text(f"{_text(line, k)}\n{line.cells[k].interval}", style=_style(line, k)) for k in keys]
+        shown.add_row(Text(line.name, style="bold"), *cells, Text(line.verdict), style="dim" if line.differs else None)
+    return shown
+
+
+def to_markdown(table: Comparison, columns: Sequence[str] = TERMINAL) -> str:
+    """A pipe table with its title and caption; intervals in brackets."""
+    keys = table.used(columns)
+    head = ["", *(heading(table, key).replace("\n", " ") for key in keys), ""]
+    rows = [[line.name, *(_plain(line, key) for key in keys), line.verdict] for line in table.lines]
+    lines = [head, ["---", *("---:" for _ in keys), "---"], *rows]
+    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"{title(table)}\n\n{body}\n\n{caption(table)}\n"
+
+
+def to_csv(table: Comparison) -> str:
+    """Every column as value, lower limit, upper limit and n, unrounded."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["name", "verdict", *(f"{key}_{part}".removesuffix("_value") for key in ALL for part in ("value", "lo", "hi", "n"))])
+    for line in table.lines:
+        numbers = [number for key in ALL for number in (line.cells[key].value, line.cells[key].lo, line.cells[key].hi, line.cells[key].n)]
+        writer.writerow([line.name, line.verdict, *("" if number is None else number for number in numbers)])
+    return out.getvalue()
+
+
+def to_json(table: Comparison) -> str:
+    """The table with unrounded numbers, ranks and verdicts."""
+    return json.dumps(
+        {"suite": table.suite, "concept": table.concept, "protocol": table.protocol, "rows": [_plain_line(line) for line in table.lines]},
+        indent=1,
+        sort_keys=True,
+        ensure_ascii=False,
+    )
+
+
+def title(table: Comparison) -> str:
+    suite = table.suite
+    return f"Erasing {table.concept['name']!r} · suite {suite['name']} v{suite['version']} · protocol {table.protocol['hash']}"
+
+
+def caption(table: Comparison) -> str:
+    """What the numbers are, and how far the judge can be trusted."""
+    first = table.lines[0].entry.results
+    parts = ["Named and implied: target seen / another thing / unrecognised.", "Ranges: 95 % intervals, of the target where three"]
+    parts.append("numbers stand; differences to the base are paired on seeds, in points.")
+    if first["floor"]:
+        parts.append(f"The judge sees the target in {100 * first['floor']['rate']:.0f} % of the base's kept images (floor);")
+        parts.append(f"chance is {100 * first['chance']['target_present']:.0f} %.")
+    if not table.suite["ranked"]:
+        parts.append("Too few images to rank methods.")
+    elif any(line.ranks for line in table.lines):
+        parts.append("#: rank by paired tests (Holm); equal ranks are ties.")
+    return " ".join(parts)
+
+
+def heading(table: Comparison, key: str) -> str:
+    column, n = BY_KEY[key], table.n(key)
+    shown = column.title.removesuffix(": target") + column.heading.removeprefix(column.title)
+    return shown + (f"\nn={n}" if n else "")
+
+
+def _text(line: Line, key: str) -> str:
+    """A cell's text; for named and implied all three calls, as in "6/84/10%"."""
+    calls = [line.cells.get(f"{key}{call}") for call in ("", "_other", "_unrecognised")]
+    values = [cell.value for cell in calls if cell is not None and cell.value is not None]
+    return "/".join(f"{100 * value:.0f}" for value in values) + "%" if len(values) == 3 else line.cells[key].text
+
+
+def _plain(line: Line, key: str) -> str:
+    cell, rank = line.cells[key], line.ranks.get(key)
+    return _text(line, key) + (f" ({cell.interval})" if cell.interval else "") + (f" #{rank}" if rank else "")
+
+
+def _style(line: Line, key: str) -> str:
+    return "bold green" if line.ranks.get(key) == 1 else ""
+
+
+def _plain_line(line: Line) -> dict[str, Any]:
+    cells = {key: asdict(cell) for key, cell in line.cells.items()}
+    return {"name": line.name, "verdict": line.verdict, "bar_met": line.bar_met, "ranks": line.ranks, "cells": cells}
