@@ -148,6 +148,8 @@ def attach_checked(folder: str | Path, pipe: Any, *, always_canary: bool = False
 def check(folder: str | Path, pipe: Any, *, always_canary: bool = False) -> tuple[Eraser, dict[str, Any]]:
     """The eraser of an artefact that fits ``pipe`` (fingerprint, changed tensors, canary), and a report; ``pipe`` is left as it was."""
     eraser, config = load_eraser(folder)
+    if vars(pipe).get("_erasers"):
+        raise ArtifactError(f"{folder} is checked against a bare base, and this pipeline has an eraser attached: detach it first")
     fingerprint.check(pipe, config["base"], str(folder))
     report: dict[str, Any] = {"artefact": str(folder), "method": config["method"], "files": len(config["files"]), "fingerprint": "matches"}
     if isinstance(eraser, WeightEraser):

@@ -64,8 +64,8 @@ class UCE(ErasureMethod):
 
     erase_scale: float = 1.0
     """Weight of the erased concepts, η_e."""
-    retain_scale: float = 1.0
-    """Weight of the retained concepts, η_p."""
+    retain_scale: float | None = None
+    """Weight of the retained concepts, η_p; if not given, max(0.1, 1 / number of retained phrases), the rule of the paper's code."""
     ridge: float = 0.5
     """Pull towards the old weights, λ."""
     tokens: Literal["tail", "last"] = "tail"
@@ -77,12 +77,14 @@ class UCE(ErasureMethod):
         family = self.family(pipe)
         encoder, tokenizer = (getattr(pipe, name) for name in family.encoders[0])
         pairs = [self._aligned(encoder, tokenizer, target, anchor) for target, anchor in self._phrases(concepts)]
-        kept = [c for concept in concepts for phrase in concept.retain for c in self._rows(encoder, tokenizer, phrase, concept.kind)]
         if not pairs:
             raise ErasureError("uce was given no concept to erase")
         targets, anchors = (torch.cat(side) for side in zip(*pairs, strict=True))
-        retain = torch.cat(kept) if kept else targets.new_zeros(0, targets.shape[1])
-        mapping = edit_map(targets, anchors, retain, self.erase_scale, self.retain_scale, self.ridge)
+        phrases = [(phrase, concept.kind) for concept in concepts for phrase in concept.retain]
+        retain = [rows for phrase, kind in phrases for rows in self._rows(encoder, tokenizer, phrase, kind)]
+        retain.append(encode(encoder, tokenizer, "")[0])  # the unconditional branch, which the paper's code always retains
+        scale = max(0.1, 1 / max(len(phrases), 1)) if self.retain_scale is None else self.retain_scale
+        mapping = edit_map(targets, anchors, torch.cat(retain), self.erase_scale, scale, self.ridge)
         changed = {
             f"{name}.weight": (layer.weight.double() @ mapping.to(layer.weight.device)).to(layer.weight.dtype)
             for name, layer in family.cross_attention(pipe)

@@ -56,7 +56,14 @@ def _command(cls: type[ErasureMethod]) -> Callable[..., None]:
     default = cls()
 
     def command(
-        base: Base, config: ErasureMethod = default, what: What = What(), *, out: Out, seed: Seed = 0, json: Json = False, dry_run: Dry = False
+        base: Base,
+        config: ErasureMethod = default,
+        what: What = What(),
+        *,
+        out: Out,
+        seed: Seed = 0,
+        json: Json = False,
+        dry_run: Dry = False,
     ) -> None:
         erase(config, base, what, out, seed, json, dry_run)
 

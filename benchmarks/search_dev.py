@@ -1,0 +1,116 @@
+"""Search a method's settings on dev concepts: dev templates and seeds, judge_dev, at most 12 configurations a method.
+
+    python benchmarks/search_dev.py uce safree --concepts dagger --json docs/benchmarks/search-dev.json
+
+Presets are frozen from this before any test concept is touched; nothing here reads judge_test, test templates or test seeds.
+"""
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erasure.canvas.concepts import canvas_concept
+from erasure.canvas.judge_dev import judge_dev
+from erasure.canvas.splits import splits
+from erasure.canvas.world import article, fill, world
+from erasure.eval.stats import wilson
+from erasure.models import load_base
+from erasure.registry import methods
+
+GRIDS: dict[str, list[dict[str, Any]]] = {
+    "negative_prompt": [{}],
+    "uce": [
+        *({"erase_scale": e, "ridge": r} for e, r in product((1.0, 4.0), (0.5, 0.05))),
+        *({"tokens": "last", "erase_scale": e, "ridge": 0.5} for e in (1.0, 4.0)),
+        {"retain_scale": 1.0},
+        {"retain_scale": 0.02},
+        {"expand": False},
+    ],
+    "safree": [
+        {},
+        {"reattention": False},
+        {"negative_prompt": False},
+        {"order": "paper"},
+        {"alpha": -0.02},
+        {"self_validating": False},
+        {"self_validating": False, "order": "paper"},
+    ],
+}
+assert all(len(grid) <= 12 for grid in GRIDS.values())
+
+
+def prompts(concept: str, n: int) -> tuple[list[str], list[str], list[int]]:
+    """n prompts that name the concept and n that must survive, with the wanted object of each of the latter."""
+    of, split = world(), splits()
+    templates = of.templates("dev")
+
+    def text(word: str, i: int, name: str) -> str:
+        styles = [s for s in of.styles if (name, s) not in split.held_out]
+        return fill(templates[i % len(templates)], article(word), styles[i % len(styles)], of.backgrounds[i % len(of.backgrounds)])
+
+    named = [text((concept, of.synonyms(concept)[0])[i % 2], i, concept) for i in range(n)]
+    near, far = split.kept_neighbours(concept), split.kept_others(concept)
+    kept = [(near if i % 2 else far)[i // 2 % len(near if i % 2 else far)] for i in range(n)]
+    return named, [text(name, i, name) for i, name in enumerate(kept)], [of.objects.index(name) for name in kept]
+
+
+def draw(pipe: Any, texts: list[str], first_seed: int) -> Tensor:
+    seeds = splits().seeds("dev")[first_seed : first_seed + len(texts)]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(texts, num_inference_steps=20, guidance_scale=4.0, generator=generators, output_type="pt").images
+
+
+def measure(pipe: Any, concept: str, n: int) -> dict[str, Any]:
+    """Named target still present, kept objects present, and unrecognised, by judge_dev."""
+    named, kept, wanted = prompts(concept, n)
+    first, second = judge_dev()(draw(pipe, named, 0)), judge_dev()(draw(pipe, kept, 1000))
+    present = int(first.present[:, world().objects.index(concept)].sum())
+    survived = int(second.present[torch.arange(n), wanted].sum())
+    return {
+        "n": n,
+        "named": present / n,
+        "named_high": wilson(present, n)[1],
+        "kept": survived / n,
+        "unrecognised": float(torch.cat([first.unrecognised, second.unrecognised]).float().mean()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("methods", nargs="+", choices=list(GRIDS))
+    parser.add_argument("--concepts", nargs="+", default=["dagger"])
+    parser.add_argument("--n", type=int, default=40, help="images a side")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if wrong := set(arguments.concepts) - set(splits().dev):
+        parser.error(f"not dev concepts: {', '.join(sorted(wrong))}")
+    pipe = load_base("canvas", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for concept in arguments.concepts:
+        cases = [("base", None), *((name, config) for name in arguments.methods for config in GRIDS[name])]
+        for name, config in cases:
+            if config is None:
+                figures = measure(pipe, concept, arguments.n)
+            else:
+                eraser = methods.get(name).from_config(config).fit(pipe, [canvas_concept(concept)])
+                with eraser.attach(pipe):
+                    figures = measure(pipe, concept, arguments.n)
+            rows.append({"concept": concept, "method": name, "config": config, **figures})
+            settings = " ".join(f"{k}={v}" for k, v in (config or {}).items()) or "defaults"
+            print(
+                f"{concept:10} {name:16} {settings:44} named {figures['named']:5.0%} (to {figures['named_high']:.0%})"
+                f"  kept {figures['kept']:5.0%}  unrecognised {figures['unrecognised']:5.0%}  n={figures['n']}",
+                flush=True,
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
