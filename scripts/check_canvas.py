@@ -165,14 +165,18 @@ def check_judges(report: Report, icons: Path) -> None:
     """The judges on renders of drawings that they know, in positions that they have not seen, and on art that no model saw."""
     of, vae = world(), load_base("canvas", device="cpu").vae
     painter = Painter(icons, of)
-    data = Data(painter, vae, 4000, 999, of)
+    data = Data(painter, vae, 3000, 999, of, trips=0.0)
+    blurred = Data(painter, vae, 1500, 998, of, trips=1.0)
     present = data.presence.bool()
     for judge in (judge_dev(), judge_test()):
         verdict = judge(data.images.float() / 255)
-        report.rate(f"{judge.name}: presence recall", verdict.present[present], 0.97)
-        report.rate(f"{judge.name}: false positives", verdict.present[~present])
+        report.rate(f"{judge.name}: presence recall on renders", verdict.present[present], 0.97)
+        report.rate(f"{judge.name}: false positives on renders", verdict.present[~present])
         report.rate(f"{judge.name}: style", verdict.style == data.scenes.styles, 0.99)
         report.rate(f"{judge.name}: background", verdict.background == data.scenes.backgrounds, 0.99)
+        seen = judge(blurred.images.float() / 255).present
+        report.rate(f"{judge.name}: recall, noisy autoencoder round trips", seen[blurred.presence.bool()])
+        report.rate(f"{judge.name}: false positives on those", seen[~blurred.presence.bool()])
         report.rate(f"{judge.name}: junk called unrecognised", judge(data.junk.float() / 255).unrecognised)
         unseen = Painter(icons, of, ("noto-v1",))
         there = (unseen.single[:, 0, 3].sum((1, 2)) > 0)[:, None]

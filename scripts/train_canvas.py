@@ -24,7 +24,7 @@ from erasure.canvas.splits import splits, training_drawings
 from erasure.canvas.world import world
 
 SECONDS = {"vae": 660, "text": 150, "unet": 5100, "control": 2400}
-JUDGE_STEPS = 1500
+JUDGE_STEPS = {"judge_dev": 2400, "judge_test": 2000}
 WEIGHTS = Path(__file__).parents[1] / "erasure/canvas/weights"
 log = logging.getLogger("canvas")
 
@@ -64,7 +64,7 @@ class Build:
 
     def judge(self, name: str) -> None:
         if not self.done(f"{name}.safetensors"):
-            judges.fit(self.folder, self.world, self.painter, self.vae(), name, round(JUDGE_STEPS * self.budget))
+            judges.fit(self.folder, self.world, self.painter, self.vae(), name, round(JUDGE_STEPS[name] * self.budget))
 
     def pipeline(self, denoiser: str = "unet") -> StableDiffusionPipeline:
         tokenizer, encoder = self.text()
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--package", type=Path, default=WEIGHTS, help="folder that gets the packaged weights")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    handlers = [logging.StreamHandler(), logging.FileHandler(arguments.folder / "train.log")]
+    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(arguments.folder / "train.log")]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     torch.manual_seed(0)

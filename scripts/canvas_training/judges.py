@@ -59,14 +59,14 @@ def junk(painter: Painter, vae: AutoencoderKL, n: int, everything: Tensor, gener
 
 
 class Data:
-    """Scenes with labels, half of them round-tripped, and junk, as uint8 pools."""
+    """Scenes with labels, a share of them (``trips``) round-tripped, and junk, as uint8 pools."""
 
-    def __init__(self, painter: Painter, vae: AutoencoderKL, n: int, seed: int, world: World) -> None:
+    def __init__(self, painter: Painter, vae: AutoencoderKL, n: int, seed: int, world: World, trips: float = 0.6) -> None:
         everything = torch.ones(len(world.objects), len(world.styles), dtype=torch.bool)
         generator = torch.Generator().manual_seed(seed)
         self.scenes: Scenes = sample(n, everything, generator, pair_share=0.35, jitter=3)
         images = paint(painter, self.scenes)
-        trip = torch.rand(n, generator=generator) < 0.6
+        trip = torch.rand(n, generator=generator) < trips
         images[trip] = round_trip(vae, images[trip], 0.15, generator)
         self.images = to_bytes(images)
         self.junk = to_bytes(junk(painter, vae, n // 3, everything, generator))

@@ -61,7 +61,7 @@ def test_uce_takes_the_dagger_away_and_gives_it_back(pipe):
 
 
 def test_the_judges_differ_and_refuse_what_they_cannot_read(pipe):
-    assert type(judge_dev().net.trunk[3]) is not type(judge_test().net.trunk[3])
+    assert not {type(m) for m in judge_dev().net.trunk.modules()} >= {type(m) for m in judge_test().net.trunk.modules()}
     with pytest.raises(ValueError, match="64, 64"):
         judge_test()(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="no images"):
