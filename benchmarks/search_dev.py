@@ -37,6 +37,9 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"negative_prompt": False},
         {"order": "paper"},
         {"self_validating": False},
+        {"scope": "sentence", "self_validating": False},
+        {"scope": "sentence", "self_validating": False, "order": "paper"},
+        {"scope": "sentence", "self_validating": False, "negative_prompt": False},
     ],
 }
 assert all(len(grid) <= 12 for grid in GRIDS.values())

@@ -115,6 +115,9 @@ class SAFREE(ErasureMethod):
     """Tolerance of the trigger test."""
     order: Literal["code", "paper"] = "code"
     """Order of the two projections."""
+    scope: Literal["triggers", "sentence"] = "triggers"
+    """What is projected: the trigger tokens, as published, or (ours) also the end and padding tokens, which in a causal encoder have
+    read the trigger, whenever there is one."""
     self_validating: bool = True
     """Choose how many steps to filter from how much the projection changes the prompt; otherwise filter every step."""
     filter_rule: Literal["code", "paper"] = "code"
@@ -223,6 +226,8 @@ class _Session:
         moved = project(states32, projector(masked), toxic, self.method.order)
         triggers = torch.zeros(len(states), dtype=torch.bool, device=states.device)
         triggers[1 : n + 1] = trigger_mask(masked, toxic, self.method.alpha)
+        if self.method.scope == "sentence" and triggers.any():
+            triggers[n + 1 :] = True
         safe = torch.where(triggers[:, None], moved, states32)
         if not self.method.self_validating:
             return safe, 10**9
