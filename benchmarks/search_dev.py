@@ -28,7 +28,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"erase_scale": 4.0, "ridge": 0.05},
         {"erase_scale": 4.0},
         {"tokens": "last"},
-        {"retain_scale": 1.0},
+        {"retain_scale": 0.1},
         {"retain_scale": 0.02},
     ],
     "safree": [

@@ -64,8 +64,8 @@ class UCE(ErasureMethod):
 
     erase_scale: float = 1.0
     """Weight of the erased concepts, η_e."""
-    retain_scale: float | None = None
-    """Weight of the retained concepts, η_p; if not given, max(0.1, 1 / number of retained phrases), the rule of the paper's code."""
+    retain_scale: float = 1.0
+    """Weight of the retained concepts, η_p, as in the authors' current code; the paper's code took max(0.1, 1 / number of them)."""
     ridge: float = 0.5
     """Pull towards the old weights, λ."""
     tokens: Literal["tail", "last"] = "tail"
@@ -80,11 +80,11 @@ class UCE(ErasureMethod):
         if not pairs:
             raise ErasureError("uce was given no concept to erase")
         targets, anchors = (torch.cat(side) for side in zip(*pairs, strict=True))
-        phrases = [(phrase, concept.kind) for concept in concepts for phrase in concept.retain]
-        retain = [rows for phrase, kind in phrases for rows in self._rows(encoder, tokenizer, phrase, kind)]
+        retain = [
+            rows for concept in concepts for phrase in concept.retain for rows in self._rows(encoder, tokenizer, phrase, concept.kind)
+        ]
         retain.append(encode(encoder, tokenizer, "")[0])  # the unconditional branch, which the paper's code always retains
-        scale = max(0.1, 1 / max(len(phrases), 1)) if self.retain_scale is None else self.retain_scale
-        mapping = edit_map(targets, anchors, torch.cat(retain), self.erase_scale, scale, self.ridge)
+        mapping = edit_map(targets, anchors, torch.cat(retain), self.erase_scale, self.retain_scale, self.ridge)
         changed = {
             f"{name}.weight": (layer.weight.double() @ mapping.to(layer.weight.device)).to(layer.weight.dtype)
             for name, layer in family.cross_attention(pipe)

@@ -56,7 +56,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     if binary is None or driver is None:
         refuse("Chromium and chromedriver are not on the PATH: make browser")
     options = webdriver.ChromeOptions()
-    options.binary_location = binary
+    options.binary_location = str(binary)
     flags = [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         flags.append("--no-sandbox")  # Chromium has no sandbox for root
