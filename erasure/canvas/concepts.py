@@ -21,8 +21,8 @@ def canvas_concept(name: str) -> Concept:
         )
     if name in of.styles:
         others = tuple(s for s in rank(f"anchor:{name}", of.styles) if s != name)
-        targets, retain = (name, of.synonyms(name)[0]), (*others, *split.retained(name))
-        return Concept(name, kind="style", targets=targets, anchors=others[:1], retain=retain, detectors=("canvas",))
+        retain = (*others, *split.retained(name))
+        return Concept(name, kind="style", targets=(name, of.synonyms(name)[0]), anchors=others[:1], retain=retain, detectors=("canvas",))
     if name in of.categories:
         targets = (name, *(word for o in of.categories[name] for word in (o, of.synonyms(o)[0])))
         retain = tuple(split.retained(name))
