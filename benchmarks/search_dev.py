@@ -7,6 +7,7 @@ Presets are frozen from this before any test concept is touched; nothing here re
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "negative_prompt": [{}],
     "uce": [
         {},
-        {"erase_scale": 4.0, "ridge": 0.05},
-        {"erase_scale": 4.0},
-        {"tokens": "last"},
         {"retain_scale": 0.1},
         {"retain_scale": 0.02},
+        {"retain_scale": 0.1, "tokens": "last"},
+        {"retain_scale": 0.1, "erase_scale": 4.0},
+        {"retain_scale": 0.1, "erase_scale": 4.0, "ridge": 0.05},
     ],
     "safree": [
         {},
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="+", choices=list(GRIDS))
     parser.add_argument("--concepts", nargs="+", default=["dagger"])
     parser.add_argument("--n", type=int, default=40, help="images a side")
+    parser.add_argument("--anchor", help="what the concepts become, instead of the canvas's own choice")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if wrong := set(arguments.concepts) - set(splits().dev):
@@ -99,7 +101,9 @@ def main() -> None:
             if config is None:
                 figures = measure(pipe, concept, arguments.n)
             else:
-                eraser = methods.get(name).from_config(config).fit(pipe, [canvas_concept(concept)])
+                target = canvas_concept(concept)
+                target = target if arguments.anchor is None else replace(target, anchors=(arguments.anchor,))
+                eraser = methods.get(name).from_config(config).fit(pipe, [target])
                 with eraser.attach(pipe):
                     figures = measure(pipe, concept, arguments.n)
             rows.append({"concept": concept, "method": name, "config": config, **figures})

@@ -23,7 +23,7 @@ def load_base(model: str, *, device: str | None = None, dtype: str | torch.dtype
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(torch_dtype, torch.dtype):
+    if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
         raise ErasureError(f"no dtype {dtype!r}; try float32, float16 or bfloat16")
     options: dict[str, Any] = {"use_safetensors": True, _dtype_keyword(): torch_dtype}
     if model in EMBEDDED:
