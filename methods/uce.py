@@ -83,8 +83,9 @@ class UCE(ErasureMethod):
         retain = [
             rows for concept in concepts for phrase in concept.retain for rows in self._rows(encoder, tokenizer, phrase, concept.kind)
         ]
-        retain.append(encode(encoder, tokenizer, "")[0])  # the unconditional branch, which the paper's code always retains
-        mapping = edit_map(targets, anchors, torch.cat(retain), self.erase_scale, self.retain_scale, self.ridge)
+        if self.tokens == "tail":  # as in the paper's code: end and padding rows are what the unconditional branch is made of
+            retain.append(encode(encoder, tokenizer, "")[0])
+        mapping = edit_map(targets, anchors, torch.cat([targets[:0], *retain]), self.erase_scale, self.retain_scale, self.ridge)
         changed = {
             f"{name}.weight": (layer.weight.double() @ mapping.to(layer.weight.device)).to(layer.weight.dtype)
             for name, layer in family.cross_attention(pipe)

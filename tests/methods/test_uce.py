@@ -119,7 +119,8 @@ def test_fit_solves_the_papers_problem_for_the_rows_it_names(pipe: Any, tokens: 
     eraser = fit(pipe, concept, tokens=tokens, expand=False, erase_scale=2.0, retain_scale=0.3, ridge=0.7)
     c, a = rows(pipe, "dagger", tokens), rows(pipe, anchor, tokens)
     n = min(len(c), len(a))
-    r = torch.cat([rows(pipe, phrase, tokens) for phrase in concept.retain])
+    empty = [rows(pipe, "", "tail")] if tokens == "tail" else []  # the paper's code always retains the empty prompt
+    r = torch.cat([*(rows(pipe, phrase, tokens) for phrase in concept.retain), *empty])
     for name, changed in eraser.changed.items():
         old = pipe.unet.get_parameter(name.removeprefix("unet.")).detach().double()
         np.testing.assert_allclose(changed.double().numpy(), least_squares(old, c[:n], a[:n], r, 2.0, 0.3, 0.7), atol=2e-4)
