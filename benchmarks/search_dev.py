@@ -1,6 +1,6 @@
 """Search a method's settings on dev concepts: dev templates and seeds, judge_dev, at most 12 configurations a method.
 
-    python benchmarks/search_dev.py uce safree --concepts dagger --json docs/benchmarks/search-dev.json
+    python benchmarks/search_dev.py uce safree --concepts dagger --json search.json
 
 Presets are frozen from this before any test concept is touched; nothing here reads judge_test, test templates or test seeds.
 """
