@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .world import World, world
+from ..errors import ErasureError
+from .world import World
 
 
 class Logits(NamedTuple):
@@ -83,8 +84,8 @@ def load(name: str, net: JudgeNet) -> Judge:
     path = str(files("erasure.canvas").joinpath(f"weights/{name}.safetensors"))
     with safe_open(path, "pt") as file:
         thresholds = torch.tensor(json.loads(file.metadata()["thresholds"]))
-        net.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()}, strict=False)
+        problems = net.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()}, strict=False)
+        gaps = [key for key in problems.missing_keys if not key.endswith("num_batches_tracked")]  # a counter that only training reads
+        if gaps or problems.unexpected_keys:
+            raise ErasureError(f"{path} is not a {name}: it lacks {gaps}, and has {problems.unexpected_keys} too many")
         return Judge(name, net, thresholds, float(file.metadata()["unrecognised_threshold"]))
-
-
-__all__ = ["Judge", "JudgeNet", "Logits", "Verdict", "load", "world"]
