@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import detach, erase, list_methods, load, verify
     from .concept import Concept
-    from .method import Eraser, ErasureMethod, Run
+    from .method import Eraser, ErasureMethod, Run, compose
     from .models import load_base
 
 _LAZY = {
@@ -16,6 +16,7 @@ _LAZY = {
     "Eraser": "method",
     "ErasureMethod": "method",
     "Run": "method",
+    "compose": "method",
     "detach": "api",
     "erase": "api",
     "list_methods": "api",
@@ -23,7 +24,7 @@ _LAZY = {
     "load_base": "models",
     "verify": "api",
 }
-__all__ = ["Concept", "Eraser", "ErasureMethod", "Run", "detach", "erase", "list_methods", "load", "load_base", "verify"]
+__all__ = ["Concept", "Eraser", "ErasureMethod", "Run", "compose", "detach", "erase", "list_methods", "load", "load_base", "verify"]
 
 
 def __getattr__(name: str) -> Any:

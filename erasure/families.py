@@ -10,34 +10,74 @@ from .errors import UnsupportedFamily
 
 
 @dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A text encoder, and where what it says goes."""
+
+    component: str = "text_encoder"
+    tokenizer: str = "tokenizer"
+    prompt: str = "prompt"
+    """The argument of ``encode_prompt`` that it reads; where that is None, it reads ``prompt``."""
+    kind: Literal["clip", "t5"] = "clip"
+    """clip: causal, BOS and EOS around the words, pooled at the EOS. t5: bidirectional, EOS alone, no pooled vector."""
+    layer: int = -1
+    """Index into ``hidden_states`` of the token states; -1 stands for ``last_hidden_state``, which is normed."""
+    place: Literal["tokens", "channels", "none"] = "tokens"
+    """Its tokens in the context: after the former encoder's, beside them in further channels, or nowhere."""
+    pooled: Literal["pooler_output", "text_embeds", ""] = ""
+    """Its output that goes into the pooled vector, after the former encoder's."""
+    length: int | None = None
+    """Tokens that the pipeline asks for where a call says nothing else; None for the tokenizer's own length."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """What a pipeline of this family looks like inside."""
 
     name: str
     pipelines: tuple[str, ...]
     """Class names of the pipelines."""
-    denoisers: tuple[str, ...]
-    """Component names of the denoisers."""
-    encoders: tuple[tuple[str, str], ...]
-    """Component names (text encoder, tokenizer), in the order of their tokens in the context."""
-    encode_returns: tuple[str, ...]
-    """Names of what ``encode_prompt`` returns, in order."""
+    mark: tuple[str, str, Any] | None = None
+    """Component, key and value of a configuration that tells this family from a later row with the same pipelines."""
+    denoisers: tuple[str, ...] = ("transformer",)
+    """Component names of the denoisers; those that a pipeline has not (Wan 2.1's second) are left out."""
+    inputs: tuple[str, ...]
+    """Names of the denoiser's first positional arguments: latents first."""
+    encoders: tuple[Encoder, ...]
+    """In the order of their tokens in the context."""
+    returns: tuple[str, ...]
+    """What ``encode_prompt`` returns, in order."""
     context: str = "encoder_hidden_states"
     """The denoiser's keyword for prompt embeddings."""
-    cfg: Literal["batch", "sequential", "embedded"] = "batch"
-    """How guidance runs: one batch [negative, positive], two calls, or a distilled scale."""
+    pooled: tuple[str, ...] = ()
+    """Path of keywords to the pooled vector in the denoiser's inputs."""
+    unbatched: tuple[str, ...] = ()
+    """Inputs of the denoiser whose first axis is not the batch."""
+    cfg: Literal["batch", "sequential"] = "batch"
+    """How guidance runs: one batch [negative, positive], or a call for each inside ``cache_context("cond" | "uncond")``."""
+    scale: str = "guidance_scale"
+    """The pipeline's argument for classifier-free guidance."""
+    text_layers: tuple[tuple[str, Literal["context", "pooled"]], ...]
+    """Endings of the names of the linear layers that read the prompt first, and what each reads."""
 
-    def cross_attention(self, pipe: Any) -> Iterator[tuple[str, nn.Linear]]:
-        """Names (with the component) and layers that read keys and values from the prompt."""
-        for component in self.denoisers:
-            for name, module in getattr(pipe, component).named_modules():
-                if name.endswith(("attn2.to_k", "attn2.to_v")):
-                    yield f"{component}.{name}", module
+    def parts(self, pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Name and module of each denoiser that the pipeline has."""
+        for name in self.denoisers:
+            if (module := getattr(pipe, name, None)) is not None:
+                yield name, module
+
+    def text_linears(self, pipe: Any) -> Iterator[tuple[str, nn.Module, Literal["context", "pooled"]]]:
+        """Names (with the component) and layers that read the prompt, and which part of it: what closed forms edit."""
+        for component, denoiser in self.parts(pipe):
+            for name, module in denoiser.named_modules():
+                for ending, reads in self.text_layers:
+                    if name == ending or name.endswith(f".{ending}"):
+                        yield f"{component}.{name}", module, reads
 
     def up_blocks(self, pipe: Any) -> Iterator[tuple[nn.Module, int]]:
-        """The UNet's up-path residual layers that read a skip connection, with the number of channels that are not the skip's."""
-        for component in self.denoisers:
-            unet = getattr(pipe, component)
+        """A UNet's up-path residual layers that read a skip connection, with the number of channels that are not the skip's."""
+        for _, unet in self.parts(pipe):
+            if not hasattr(unet, "up_blocks"):
+                continue
             channels = unet.config.block_out_channels
             hidden = channels[-1]
             for block, width in zip(unet.up_blocks, reversed(channels), strict=True):
@@ -46,22 +86,113 @@ class Family:
                     hidden = width
 
 
-TABLE = (
-    Family(
-        name="sd1",
-        pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
-        denoisers=("unet",),
-        encoders=(("text_encoder", "tokenizer"),),
-        encode_returns=("embeds", "negative_embeds"),
-    ),
+BOTH = ("embeds", "negative_embeds")
+POOLED = (*BOTH, "pooled", "negative_pooled")
+UNET = ("sample", "timestep", "encoder_hidden_states")
+CROSS_ATTENTION: tuple[tuple[str, Literal["context", "pooled"]], ...] = (("attn2.to_k", "context"), ("attn2.to_v", "context"))
+EMBEDDERS: tuple[tuple[str, Literal["context", "pooled"]], ...] = (
+    ("context_embedder", "context"),
+    ("time_text_embed.text_embedder.linear_1", "pooled"),
 )
 
 
+def _with_variants(name: str, *variants: str) -> tuple[str, ...]:
+    return tuple(f"{name}{variant}Pipeline" for variant in ("", *variants))
+
+
+STABLE_DIFFUSION = _with_variants("StableDiffusion", "Img2Img", "Inpaint", "ControlNet")
+
+TABLE = (
+    Family(
+        name="sd2",
+        pipelines=STABLE_DIFFUSION,
+        mark=("unet", "use_linear_projection", True),
+        denoisers=("unet",),
+        inputs=UNET,
+        encoders=(Encoder(),),
+        returns=BOTH,
+        text_layers=CROSS_ATTENTION,
+    ),
+    Family(
+        name="sd1",
+        pipelines=STABLE_DIFFUSION,
+        denoisers=("unet",),
+        inputs=UNET,
+        encoders=(Encoder(),),
+        returns=BOTH,
+        text_layers=CROSS_ATTENTION,
+    ),
+    Family(
+        name="sdxl",
+        pipelines=_with_variants("StableDiffusionXL", "Img2Img", "Inpaint", "ControlNet"),
+        denoisers=("unet",),
+        inputs=UNET,
+        encoders=(
+            Encoder(layer=-2),
+            Encoder(
+                component="text_encoder_2", tokenizer="tokenizer_2", prompt="prompt_2", layer=-2, place="channels", pooled="text_embeds"
+            ),
+        ),
+        returns=POOLED,
+        pooled=("added_cond_kwargs", "text_embeds"),
+        text_layers=CROSS_ATTENTION,
+    ),
+    Family(
+        name="sd3",
+        pipelines=_with_variants("StableDiffusion3", "Img2Img", "Inpaint", "ControlNet"),
+        inputs=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
+        encoders=(
+            Encoder(layer=-2, pooled="text_embeds"),
+            Encoder(
+                component="text_encoder_2", tokenizer="tokenizer_2", prompt="prompt_2", layer=-2, place="channels", pooled="text_embeds"
+            ),
+            Encoder(component="text_encoder_3", tokenizer="tokenizer_3", prompt="prompt_3", kind="t5", length=256),
+        ),
+        returns=POOLED,
+        pooled=("pooled_projections",),
+        text_layers=EMBEDDERS,
+    ),
+    Family(
+        name="flux",
+        pipelines=_with_variants("Flux", "Img2Img", "Inpaint"),
+        inputs=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance"),
+        encoders=(
+            Encoder(place="none", pooled="pooler_output"),
+            Encoder(component="text_encoder_2", tokenizer="tokenizer_2", prompt="prompt_2", kind="t5", length=512),
+        ),
+        returns=("embeds", "pooled", "text_ids"),
+        pooled=("pooled_projections",),
+        unbatched=("img_ids", "txt_ids"),
+        cfg="sequential",
+        scale="true_cfg_scale",
+        text_layers=EMBEDDERS,
+    ),
+    Family(
+        name="wan",
+        pipelines=("WanPipeline",),
+        denoisers=("transformer", "transformer_2"),
+        inputs=("hidden_states", "timestep", "encoder_hidden_states"),
+        encoders=(Encoder(kind="t5", length=512),),
+        returns=BOTH,
+        cfg="sequential",
+        text_layers=(("condition_embedder.text_embedder.linear_1", "context"),),
+    ),
+)
+NAMES = tuple(family.name for family in TABLE)
+
+
 def family_of(pipe: Any) -> Family:
-    """The row of a pipeline, by the name of its class or of a class that it extends."""
+    """The row of a pipeline, by the name of its class or of a class that it extends, and by its mark."""
     names = [cls.__name__ for cls in type(pipe).__mro__]
     for family in TABLE:
-        if any(name in family.pipelines for name in names):
+        if any(name in family.pipelines for name in names) and _marked(pipe, family):
             return family
-    known = ", ".join(name for family in TABLE for name in family.pipelines)
+    known = ", ".join(dict.fromkeys(name for family in TABLE for name in family.pipelines))
     raise UnsupportedFamily(f"{type(pipe).__name__} is of no family that this version knows ({known})")
+
+
+def _marked(pipe: Any, family: Family) -> bool:
+    if family.mark is None:
+        return True
+    component, key, value = family.mark
+    return bool(getattr(pipe, component).config.get(key) == value)

@@ -79,6 +79,8 @@ class Eraser(ABC):
     """What a fit gives: immutable, attaches to a pipeline of its family, serialises to tensors."""
 
     kind: ClassVar[str]
+    probe: ClassVar[str] = "{}"
+    """A prompt with a place for a target phrase, on which the erasure shows; one that compares prompts with the bare phrase needs more words."""
     method: ErasureMethod
     concepts: tuple[Concept, ...]
 
@@ -93,6 +95,11 @@ class Eraser(ABC):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """All state, by name."""
+
+    @property
+    def first_step(self) -> int:
+        """The first sampling step, from 0, at which it changes anything: shorter runs would not show it."""
+        return 0
 
     @contextmanager
     def attach(self, pipe: Any) -> Iterator[Any]:
@@ -166,6 +173,7 @@ class RuntimeEraser(Eraser):
     kind: ClassVar[str] = "runtime"
 
     def seams(self, pipe: Any, family: Family) -> Iterable[AbstractContextManager[int]]:
+        yield _uncached(pipe, family)
         yield _unsaveable(pipe)
         yield from self.edits(pipe, family)
 
@@ -185,7 +193,48 @@ def _unsaveable(pipe: Any) -> Iterator[int]:
         yield 0
 
 
-def attach_for_good(eraser: Eraser, pipe: Any) -> None:
+@contextmanager
+def _uncached(pipe: Any, family: Family) -> Iterator[int]:
+    """Feature caches skip blocks and whole calls, and with them what an eraser does there."""
+
+    def enable_cache(*args: Any, **kwargs: Any) -> None:
+        raise NotErased("a feature cache would skip the attached eraser; enable it on a pipeline whose erasure is baked into the weights")
+
+    with ExitStack() as stack:
+        for name, denoiser in family.parts(pipe):
+            if getattr(denoiser, "is_cache_enabled", False):
+                raise NotErased(f"{name} has a feature cache on, which would skip the eraser; call {name}.disable_cache() first")
+            if hasattr(denoiser, "enable_cache"):
+                stack.enter_context(overridden(denoiser, "enable_cache", lambda inner: enable_cache))
+        yield 0
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Erasers in the order in which they attach; made by `compose`."""
+
+    erasers: tuple[Eraser, ...]
+
+    @contextmanager
+    def attach(self, pipe: Any) -> Iterator[Any]:
+        """Attach all, first to last, and take them off again last to first. Whatever conflicts raises, and nothing stays attached."""
+        with ExitStack() as opened:
+            for eraser in self.erasers:
+                opened.enter_context(eraser.attach(pipe))
+            yield pipe
+
+
+def compose(*erasers: "Eraser | Stack") -> Stack:
+    """Stack erasers in order: what a later prompt seam issues is what the denoiser gets; disjoint weight erasers commute."""
+    flat: list[Eraser] = []
+    for each in erasers:
+        flat.extend(each.erasers if isinstance(each, Stack) else [each])
+    if not flat:
+        raise ErasureError("compose was given no eraser")
+    return Stack(tuple(flat))
+
+
+def attach_for_good(eraser: Eraser | Stack, pipe: Any) -> None:
     """Attach outside a ``with`` block, until `detach`."""
     context = eraser.attach(pipe)
     context.__enter__()

@@ -1,4 +1,4 @@
-"""Unified Concept Editing: keys and values of cross-attention, changed in closed form."""
+"""Unified Concept Editing: the linear layers that read the prompt, changed in closed form."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,29 +6,58 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from erasure.concept import Concept
 from erasure.errors import ErasureError, NothingAttached
+from erasure.families import NAMES, Family
 from erasure.method import ErasureMethod, Run, WeightEraser
-from erasure.text import encode
+from erasure.seams.weights import editable
+from erasure.text import Encoded, Place, encode, places
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "style": ("{}", "in the style of {}", "a picture in {} style", "{} art", "an image, {}"),
     "other": ("{}", "a {}", "a picture of {}", "an image with a {}", "a drawing with {}"),
 }
+BATCH = 16
+"""Pairs that are encoded at once."""
+
+
+class Sums:
+    """Σ c cᵀ, Σ a cᵀ and Σ r rᵀ [d, d] in float64: all that eq. 7 needs of targets c, anchors a and retained r, however many there are."""
+
+    def __init__(self, width: int, device: Any = None) -> None:
+        self.erased, self.moved, self.kept = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(3))
+
+    def add_pairs(self, targets: Tensor, anchors: Tensor) -> None:
+        """Rows [n, d] that each target and its anchor are made of."""
+        c, a = targets.to(self.erased), anchors.to(self.erased)
+        self.erased += c.T @ c
+        self.moved += a.T @ c
+
+    def add_retained(self, retain: Tensor) -> None:
+        """Rows [m, d] that must stay."""
+        r = retain.to(self.kept)
+        self.kept += r.T @ r
+
+    def edit_map(self, erase_scale: float, retain_scale: float, ridge: float) -> Tensor:
+        """M [d, d] = (λI + η_e Σ a cᵀ + η_p Σ r rᵀ) (λI + η_e Σ c cᵀ + η_p Σ r rᵀ)⁻¹."""
+        kept = ridge * torch.eye(len(self.kept)).to(self.kept) + retain_scale * self.kept
+        try:
+            return torch.linalg.solve(kept + erase_scale * self.erased, kept + erase_scale * self.moved, left=False)
+        except RuntimeError as error:
+            raise ErasureError(f"UCE's system has no single solution (ridge={ridge}): use a ridge above 0, such as 0.5") from error
 
 
 def edit_map(targets: Tensor, anchors: Tensor, retain: Tensor, erase_scale: float, retain_scale: float, ridge: float) -> Tensor:
     """The map M [d, d] with W_new = W M of UCE's eq. 7: it depends on the text side only, so one factorisation serves all matrices.
 
-    M = (λI + η_e Σ a cᵀ + η_p Σ r rᵀ) (λI + η_e Σ c cᵀ + η_p Σ r rᵀ)⁻¹, for targets c [n, d], anchors a [n, d], retained r [m, d],
-    in float64. ``ridge`` is the paper's λ: the pull of W towards its old value.
+    Targets c and anchors a [n, d], retained r [m, d]; float64 inside. ``ridge`` is the paper's λ: the pull of W towards its old value.
     """
-    c, a, r = (x.double() for x in (targets, anchors, retain))
-    kept = ridge * torch.eye(c.shape[1], dtype=torch.float64, device=c.device) + retain_scale * r.T @ r
-    right = kept + erase_scale * c.T @ c
-    left = kept + erase_scale * a.T @ c
-    return torch.linalg.solve(right, left, left=False)
+    sums = Sums(targets.shape[1], targets.device)
+    sums.add_pairs(targets, anchors)
+    sums.add_retained(retain)
+    return sums.edit_map(erase_scale, retain_scale, ridge)
 
 
 def solve(
@@ -54,13 +83,15 @@ def solve(
 class UCE(ErasureMethod):
     """Unified Concept Editing (Gandikota et al., WACV 2024), eq. 7.
 
+    Edits keys and values of cross-attention in UNets; in transformers, which have none, the layers that take in the prompt: tokens and
+    pooled vector (SD3, FLUX.1), or tokens (Wan). A bias stays as it is: the authors' FLUX code adds it twice on erased directions.
     The paper's code took every row from the last subject token through the padding (``tokens="tail"``); the authors' current code
     takes the last subject token alone (``tokens="last"``). The default is the one that erased more on the canvas.
     """
 
     name: ClassVar[str] = "uce"
     paper: ClassVar[str] = "arXiv:2308.14761"
-    families: ClassVar[frozenset[str]] = frozenset({"sd1"})
+    families: ClassVar[frozenset[str]] = frozenset(NAMES)
 
     erase_scale: float = 1.0
     """Weight of the erased concepts, η_e."""
@@ -69,31 +100,26 @@ class UCE(ErasureMethod):
     ridge: float = 0.5
     """Pull towards the old weights, λ."""
     tokens: Literal["tail", "last"] = "tail"
-    """Rows of the text encoding that stand for a phrase: from its last token to the end of the padding, or its last token."""
+    """Rows of a text encoder that stand for a phrase: from its last token to the end of the padding, or its last token."""
     expand: bool = True
     """Edit each phrase in five short templates as well as alone."""
 
     def fit(self, pipe: Any, concepts: Sequence[Concept], *, run: Run = Run()) -> WeightEraser:
         family = self.family(pipe)
-        encoder, tokenizer = (getattr(pipe, name) for name in family.encoders[0])
-        pairs = [self._aligned(encoder, tokenizer, target, anchor) for target, anchor in self._phrases(concepts)]
+        pairs, retain = self._pairs(concepts), self._retained(concepts)
         if not pairs:
             raise ErasureError("uce was given no concept to erase")
-        targets, anchors = (torch.cat(side) for side in zip(*pairs, strict=True))
-        retain = [
-            rows for concept in concepts for phrase in concept.retain for rows in self._rows(encoder, tokenizer, phrase, concept.kind)
-        ]
-        if self.tokens == "tail":  # as in the paper's code: end and padding rows are what the unconditional branch is made of
-            retain.append(encode(encoder, tokenizer, "")[0])
-        mapping = edit_map(targets, anchors, torch.cat([targets[:0], *retain]), self.erase_scale, self.retain_scale, self.ridge)
+        layers = [(name, editable(f"{name}.weight", layer.weight), reads) for name, layer, reads in family.text_linears(pipe)]
+        sums = self._sums(pipe, family, pairs, retain, {reads for _, _, reads in layers}, run)
+        maps = {reads: each.edit_map(self.erase_scale, self.retain_scale, self.ridge) for reads, each in sums.items()}
         changed = {
-            f"{name}.weight": (layer.weight.double() @ mapping.to(layer.weight.device)).to(layer.weight.dtype)
-            for name, layer in family.cross_attention(pipe)
-            if layer.in_features == mapping.shape[0]
+            f"{name}.weight": (weight.double() @ maps[reads].to(weight.device)).to(weight.dtype).detach().cpu()
+            for name, weight, reads in layers
+            if weight.shape[1] == len(maps[reads])
         }
         if not changed:
-            raise NothingAttached(f"{type(pipe).__name__} has no cross-attention over {mapping.shape[0]} text channels")
-        return self.eraser(tuple(concepts), {k: v.detach().cpu() for k, v in changed.items()})
+            raise NothingAttached(f"{type(pipe).__name__} has no cross-attention or other layer over its text encoders' channels")
+        return self.eraser(tuple(concepts), changed)
 
     def eraser(self, concepts: tuple[Concept, ...], tensors: Mapping[str, Tensor]) -> WeightEraser:
         return WeightEraser(self, concepts, tensors)
@@ -102,23 +128,79 @@ class UCE(ErasureMethod):
         templates = TEMPLATES.get(kind, TEMPLATES["other"])
         return templates if self.expand else templates[:1]
 
-    def _phrases(self, concepts: Sequence[Concept]) -> Iterator[tuple[str, str]]:
-        for concept in concepts:
-            for target, anchor in concept.pairs():
-                for template in self._templates(concept.kind):
-                    yield template.format(target), template.format(anchor).strip()
+    def _pairs(self, concepts: Sequence[Concept]) -> list[tuple[str, str]]:
+        """Target and anchor in every template; those with one anchor stand together, so that it is encoded once."""
+        found = {
+            (template.format(target), template.format(anchor).strip()): None
+            for concept in concepts
+            for template in self._templates(concept.kind)
+            for target, anchor in concept.pairs()
+        }
+        return sorted(found, key=lambda pair: pair[1])
 
-    def _aligned(self, encoder: Any, tokenizer: Any, target: str, anchor: str) -> tuple[Tensor, Tensor]:
-        """Rows of a target and of its anchor, cut to one length."""
-        ours, theirs = self._select(*encode(encoder, tokenizer, target)), self._select(*encode(encoder, tokenizer, anchor))
-        n = min(len(ours), len(theirs))
-        return ours[:n], theirs[:n]
+    def _retained(self, concepts: Sequence[Concept]) -> list[str]:
+        return list(dict.fromkeys(t.format(phrase) for c in concepts for t in self._templates(c.kind) for phrase in c.retain))
 
-    def _rows(self, encoder: Any, tokenizer: Any, phrase: str, kind: str) -> Iterator[Tensor]:
-        for template in self._templates(kind):
-            yield self._select(*encode(encoder, tokenizer, template.format(phrase)))
+    def _sums(
+        self, pipe: Any, family: Family, pairs: Sequence[tuple[str, str]], retain: Sequence[str], kinds: set[str], run: Run
+    ) -> dict[str, Sums]:
+        sums: dict[str, Sums] = {}
 
-    def _select(self, states: Tensor, length: int) -> Tensor:
-        """The rows of one encoding [tokens, d] that stand for its phrase; ``length`` counts BOS, words and EOS."""
-        last = max(length - 2, 0)  # index 0, the BOS vector, for an empty phrase, as in the authors' code
-        return states[last : last + 1] if self.tokens == "last" else states[last:]
+        def add(rows: dict[str, list[Tensor]], others: dict[str, list[Tensor]] | None = None) -> None:
+            for kind in kinds & rows.keys():
+                own = torch.cat(rows[kind])
+                into = sums.setdefault(kind, Sums(own.shape[1], own.device))
+                if others is None:
+                    into.add_retained(own)
+                else:
+                    into.add_pairs(own, torch.cat(others[kind]))
+
+        with tqdm(total=len(pairs) + len(retain), desc="uce", disable=not run.progress or len(pairs) + len(retain) <= BATCH) as bar:
+            for start in range(0, len(pairs), BATCH):
+                part = pairs[start : start + BATCH]
+                known = _Phrases(pipe, family, [text for pair in part for text in pair])
+                for target, anchor in part:
+                    add(*known.aligned(target, anchor, self.tokens))
+                bar.update(len(part))
+            for start in range(0, len(retain), BATCH):
+                texts = retain[start : start + BATCH]
+                known = _Phrases(pipe, family, texts)
+                for text in texts:
+                    add(known.rows(text, self.tokens))
+                bar.update(len(texts))
+        if self.tokens == "tail":  # as in the paper's code: end and padding rows are what the unconditional branch is made of
+            add(_Phrases(pipe, family, [""]).rows("", "tail"))
+        return sums
+
+
+class _Phrases:
+    """Encodings of some phrases, and the rows of each that stand for it."""
+
+    def __init__(self, pipe: Any, family: Family, texts: Sequence[str]) -> None:
+        unique = list(dict.fromkeys(texts))
+        (self.encoded,) = encode(pipe, family, unique, batch=len(unique))
+        self.index = {text: i for i, text in enumerate(unique)}
+        self.places = places(pipe, family, self.encoded.context.shape[1])
+
+    def rows(self, text: str, tokens: Literal["tail", "last"]) -> dict[str, list[Tensor]]:
+        """Rows [n, d] of the context for each encoder that has tokens there, and the pooled vector [1, d]."""
+        i = self.index[text]
+        found = {"context": [self.encoded.context[i, span] for span in _spans(self.encoded, self.places, i, tokens)]}
+        return found if self.encoded.pooled is None else found | {"pooled": [self.encoded.pooled[i : i + 1]]}
+
+    def aligned(self, target: str, anchor: str, tokens: Literal["tail", "last"]) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+        """Rows of a target and of its anchor, cut to one length encoder by encoder."""
+        ours, theirs = self.rows(target, tokens), self.rows(anchor, tokens)
+        for kind in ours:
+            cut = [min(len(a), len(b)) for a, b in zip(ours[kind], theirs[kind], strict=True)]
+            ours[kind], theirs[kind] = ([rows[:n] for rows, n in zip(side[kind], cut, strict=True)] for side in (ours, theirs))
+        return ours, theirs
+
+
+def _spans(encoded: Encoded, where: Sequence[Place], i: int, tokens: Literal["tail", "last"]) -> Iterator[slice]:
+    """Context rows of phrase ``i``, encoder by encoder; those in further channels of the same rows are in them already."""
+    for place, lengths in zip(where, encoded.lengths, strict=True):
+        if place.encoder.place == "tokens" and place.tokens is not None:
+            # The last word stands before the end token; the first row, of BOS, serves an empty phrase, as in the authors' code.
+            last = place.tokens.start + max(int(lengths[i]) - 2, 0)
+            yield slice(last, last + 1 if tokens == "last" else place.tokens.stop)

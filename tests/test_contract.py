@@ -1,260 +1,125 @@
-"""What every method owes every pipeline: it changes its target, it leaves no trace, it survives saving, and it never fails in silence."""
+"""The contract on every method and family, and what several erasers on one pipeline owe each other."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForText2Image, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 from torch import Tensor
 
 import erasure
-from erasure import artifact
+from erasure import artifact, compose
 from erasure.concept import Concept
-from erasure.errors import Conflict, ErasureError, NotErased, NothingAttached, UnsupportedFamily
+from erasure.errors import Conflict, ErasureError, NotErased, NothingAttached
+from erasure.families import NAMES, family_of
 from erasure.method import Eraser, Run, RuntimeEraser, WeightEraser
 from erasure.registry import methods
-from tests.tiny import latents, sd1
+from erasure.testing import CHECKS, Subject, check_method
+from erasure.testing.subject import CONCEPT, TARGET, VISIBLE, change, edited_or_raises, hooks, same_state, state
+from erasure.testing.tiny import FAMILIES, latents, sd1
+
+SETTINGS: dict[str, dict[str, Any]] = {"sld": {"preset": "max"}}
+"""What a method needs to show in a run of four steps."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A method on a family; add a row here when either grows."""
-
-    method: str
-    build: Callable[..., Any]
-
-    def __str__(self) -> str:
-        return f"{self.method}-{self.build.__name__}"
-
-    def fit(self, pipe: Any, concept: Concept | None = None, **config: Any) -> Eraser:
-        eraser: Eraser = methods.get(self.method).from_config(config).fit(pipe, [concept or CONCEPT], run=Run(progress=False))
-        return eraser
+def subject(name: str, family: str) -> Subject:
+    return Subject(methods.get(name), family, SETTINGS.get(name, {}))
 
 
-CONCEPT = Concept("dagger", targets=("dagger", "knife"), anchors=("cat",), retain=("boat",))
-TARGET = "a photo of a dagger"
-CASES = [Case(method, build) for method in ("negative_prompt", "uce", "safree") for build in (sd1,)]
-RUNTIME = [case for case in CASES if case.method in ("negative_prompt", "safree")]
-PROMPT_SEAM = RUNTIME
-
-every = pytest.mark.parametrize("case", CASES, ids=str)
-runtime = pytest.mark.parametrize("case", RUNTIME, ids=str)
-prompt_seam = pytest.mark.parametrize("case", PROMPT_SEAM, ids=str)
+SUBJECTS = {
+    f"{name}-{family}": subject(name, family) for name in methods.builtin for family in NAMES if family in methods.get(name).families
+}
 
 
-def state(pipe: Any) -> dict[str, Tensor]:
-    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    return {f"{name}.{key}": value.clone() for name, part in parts.items() for key, value in part.state_dict().items()}
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("case", SUBJECTS)
+def test_contract(case: str, check: str) -> None:
+    CHECKS[check](SUBJECTS[case])
 
 
-def hooks(pipe: Any) -> int:
-    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for part in parts for m in part.modules())
+def test_every_family_has_a_tiny_pipeline_of_its_own() -> None:
+    assert tuple(FAMILIES) == ("sd1", "sd2", "sdxl", "sd3", "flux", "wan")
+    assert {name: family_of(build()).name for name, build in FAMILIES.items()} == {name: name for name in NAMES}
 
 
-def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+@pytest.mark.parametrize("family", NAMES)
+def test_a_tiny_pipeline_is_built_in_under_a_second(family: str) -> None:
+    import time
+
+    FAMILIES[family]()  # imports
+    best = min(_seconds(FAMILIES[family], time.perf_counter) for _ in range(3))
+    assert best < 1
 
 
-@pytest.fixture(scope="module")
-def pipes() -> dict[Any, Any]:
-    return {build: build() for build in {case.build for case in CASES}}
+def _seconds(build: Any, clock: Any) -> float:
+    start = clock()
+    build()
+    return float(clock() - start)
 
 
-@pytest.fixture
-def pipe(case: Case, pipes: dict[Any, Any]) -> Any:
-    """A pipeline shared by the tests of a family: each test leaves it as it found it, or a later one fails."""
-    return pipes[case.build]
+# pipelines that share the parts of an attached one, or take an image
+
+IMAGE_TO_IMAGE = ("sd1", "sd2", "sdxl", "sd3", "flux")
 
 
-@every
-def test_attach_changes_the_target_and_detach_restores_every_bit(case: Case, pipe: Any) -> None:
-    base, before, attributes, hooked = latents(pipe, TARGET), state(pipe), set(vars(pipe)), hooks(pipe)
-    eraser = case.fit(pipe)
-    assert same_state(state(pipe), before) and set(vars(pipe)) == attributes and hooks(pipe) == hooked, "fit leaves no trace"
-    with eraser.attach(pipe) as attached:
-        assert attached is pipe
-        erased = latents(pipe, TARGET)
-        assert torch.equal(latents(pipe, TARGET), erased), "an attached pipeline repeats itself"
-    assert (erased - base).norm() > 0.05 * base.norm()
-    assert torch.equal(latents(pipe, TARGET), base)
-    assert same_state(state(pipe), before)
-    assert set(vars(pipe)) == attributes and hooks(pipe) == hooked
+def image_options(pipe: Any) -> dict[str, Any]:
+    options = size_of_image(pipe)
+    return {"image": torch.zeros(1, 3, 16, 16), "num_inference_steps": 4, "strength": 1.0, "output_type": "latent", **options}
 
 
-@every
-def test_an_error_in_the_block_detaches_too(case: Case, pipe: Any) -> None:
-    before, attributes = state(pipe), set(vars(pipe))
-    with pytest.raises(ZeroDivisionError), case.fit(pipe).attach(pipe):
-        raise ZeroDivisionError
-    assert same_state(state(pipe), before) and set(vars(pipe)) == attributes
+def size_of_image(pipe: Any) -> dict[str, Any]:
+    match family_of(pipe).name:
+        case "flux":
+            return {"height": 16, "width": 16, "max_sequence_length": 48, "true_cfg_scale": 4.0, "negative_prompt": ""}
+        case "sd3":
+            return {"height": 16, "width": 16, "max_sequence_length": 48}
+    return {}
 
 
-@every
-def test_save_and_load_give_the_same_pipeline(case: Case, pipe: Any, tmp_path: Path) -> None:
-    eraser = case.fit(pipe)
-    with eraser.attach(pipe):
-        erased = latents(pipe, TARGET)
-    artifact.save(eraser, tmp_path / "out", pipe=pipe, base_id="tiny")
-    fresh = case.build()
-    loaded = erasure.load(tmp_path / "out", base=fresh)
-    assert loaded is fresh
-    assert torch.equal(latents(fresh, TARGET), erased)
-    again, config = artifact.load_eraser(tmp_path / "out")
-    assert type(again) is type(eraser) and again.method == eraser.method and again.concepts == eraser.concepts
-    assert config["kind"] == eraser.kind
-    erasure.detach(fresh)
-    assert torch.equal(latents(fresh, TARGET), latents(pipe, TARGET))
+def image_to_image(pipe: Any, prompt: str, **options: Any) -> Tensor:
+    return torch.as_tensor(pipe(prompt, generator=torch.Generator().manual_seed(0), **image_options(pipe) | options).images)
 
 
-@every
-def test_an_artefact_does_not_depend_on_the_users_scheduler(case: Case, pipe: Any, tmp_path: Path) -> None:
-    artifact.save(case.fit(pipe), tmp_path / "out", pipe=pipe, base_id="tiny")
-    for cls in (DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler):
-        other = case.build()
-        other.scheduler = scheduler = cls.from_config(other.scheduler.config)
-        report = erasure.verify(tmp_path / "out", other)
-        assert report["canary"]["measured"] == pytest.approx(report["canary"]["recorded"], rel=1e-3)
-        assert other.scheduler is scheduler
+@pytest.mark.parametrize("name", methods.builtin)
+@pytest.mark.parametrize("family", IMAGE_TO_IMAGE)
+def test_image_to_image_pipelines_are_erased_too(name: str, family: str) -> None:
+    if family not in methods.get(name).families:
+        pytest.skip(f"{name} has no formula for {family}")
+    pipe = AutoPipelineForImage2Image.from_pipe(FAMILIES[family]())
+    pipe.set_progress_bar_config(disable=True)
+    base = image_to_image(pipe, TARGET)
+    with subject(name, family).fit(pipe).attach(pipe):
+        assert change(image_to_image(pipe, TARGET), base) > VISIBLE / 4
+    assert torch.equal(image_to_image(pipe, TARGET), base)
 
 
-@every
-def test_verify_leaves_an_attached_eraser_in_place(case: Case, pipe: Any, tmp_path: Path) -> None:
-    artifact.save(case.fit(pipe), tmp_path / "out", pipe=pipe, base_id="tiny")
-    other = case.build()
-    latents(other, TARGET)  # a pipeline's first call sets attributes of its own
-    attributes = set(vars(other))
-    erasure.verify(tmp_path / "out", other)
-    assert set(vars(other)) == attributes
-    erasure.load(tmp_path / "out", base=other)
-    erased = latents(other, TARGET)
-    with pytest.raises(ErasureError):
-        erasure.verify(tmp_path / "out", other)
-    assert torch.equal(latents(other, TARGET), erased)
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+@pytest.mark.parametrize("name", methods.builtin)
+def test_an_image_to_image_pipeline_made_from_an_attached_one_is_edited_or_refused(name: str, guidance: float) -> None:
+    pipe, options = sd1(), {"guidance_scale": guidance}
+    base = image_to_image(AutoPipelineForImage2Image.from_pipe(sd1()), TARGET, **options)
+    with subject(name, "sd1").fit(pipe).attach(pipe):
+        other = AutoPipelineForImage2Image.from_pipe(pipe)
+        back = AutoPipelineForText2Image.from_pipe(other)
+        edited_or_raises(lambda: image_to_image(other, TARGET, **options), base, "image to image")
+        latents(pipe, TARGET)  # the attached pipeline's own call must not open the door for the other
+        edited_or_raises(lambda: image_to_image(other, TARGET, **options), base, "image to image, after a call")
+        edited_or_raises(lambda: latents(back, TARGET), latents(sd1(), TARGET), "AutoPipeline and back")
 
 
-@every
-def test_a_batch_equals_its_prompts_one_by_one(case: Case, pipe: Any) -> None:
-    prompts = [TARGET, "the night sky with a big red cat on a boat"]
-    with case.fit(pipe).attach(pipe):
-        both = latents(pipe, prompts, seed=[1, 2])
-        singles = torch.cat([latents(pipe, text, seed=seed) for text, seed in zip(prompts, (1, 2), strict=True)])
-    assert (both - singles).abs().max() < 1e-4
+# prompt seams
+
+PROMPT_SEAM = [name for name in methods.builtin if name != "uce"]
 
 
-@every
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dtype_and_device_are_kept(case: Case, dtype: torch.dtype) -> None:
-    pipe = case.build().to(dtype)
-    base, before = latents(pipe, TARGET), state(pipe)
-    eraser = case.fit(pipe)
-    with eraser.attach(pipe):
-        erased = latents(pipe, TARGET)
-        assert {p.dtype for p in pipe.unet.parameters()} == {dtype}
-    assert erased.dtype == base.dtype == dtype and erased.device == base.device
-    assert erased.isfinite().all() and (erased - base).norm() > 0.05 * base.norm()
-    assert torch.equal(latents(pipe, TARGET), base) and same_state(state(pipe), before)
-
-
-@every
-def test_an_eraser_fitted_in_one_dtype_attaches_in_another(case: Case, pipe: Any) -> None:
-    half = case.build().to(torch.bfloat16)
-    base = latents(half, TARGET)
-    with case.fit(pipe).attach(half):
-        erased = latents(half, TARGET)
-    assert erased.dtype == torch.bfloat16 and (erased - base).norm() > 0.05 * base.norm()
-    assert torch.equal(latents(half, TARGET), base)
-
-
-@every
-def test_neither_fit_nor_attach_draws_from_any_generator(case: Case, pipe: Any) -> None:
-    def after(run: Callable[[torch.Generator], Any]) -> Tensor:
-        generator = torch.Generator().manual_seed(5)
-        run(generator)
-        return generator.get_state()
-
-    glob = torch.random.get_rng_state()
-    eraser = case.fit(pipe)
-    plain = after(lambda g: latents(pipe, TARGET, generator=g, eta=0.5))
-    with eraser.attach(pipe):
-        erased = after(lambda g: latents(pipe, TARGET, generator=g, eta=0.5))
-    assert torch.equal(plain, erased)
-    assert torch.equal(torch.random.get_rng_state(), glob)
-
-
-@every
-def test_attaching_twice_is_a_conflict(case: Case, pipe: Any) -> None:
-    eraser = case.fit(pipe)
-    attributes = set(vars(pipe))
-    with eraser.attach(pipe), pytest.raises(Conflict, match=case.method), eraser.attach(pipe):
-        pass
-    assert set(vars(pipe)) == attributes
-
-
-class Stranger:
-    """A pipeline of no known family."""
-
-
-@every
-def test_another_family_is_refused(case: Case, pipe: Any) -> None:
-    with pytest.raises(UnsupportedFamily, match="Stranger"):
-        case.fit(Stranger())
-    with pytest.raises(UnsupportedFamily, match="Stranger"), case.fit(pipe).attach(Stranger()):
-        pass
-
-
-@every
-def test_nothing_touched_is_an_error(case: Case, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    eraser = case.fit(pipe)
-    attributes = set(vars(pipe))
-    if isinstance(eraser, WeightEraser):
-        empty = eraser.method.eraser(eraser.concepts, {})
-    else:
-        empty = eraser
-        monkeypatch.setattr(type(eraser), "edits", lambda *args: [])
-    with pytest.raises(NothingAttached, match=case.method), empty.attach(pipe):
-        pass
-    assert set(vars(pipe)) == attributes
-
-
-@every
-def test_an_unknown_key_or_a_wrong_value_is_named(case: Case) -> None:
-    cls = methods.get(case.method)
-    with pytest.raises(ErasureError, match="strenght"):
-        cls.from_config({"strenght": 1})
-    with pytest.raises(TypeError, match="strenght"):
-        cls(strenght=1)
-    for name in cls().config():
-        with pytest.raises(ErasureError, match=name):
-            cls.from_config({name: object()})
-    assert cls.from_config(cls().config()) == cls()
-
-
-@every
-def test_no_concepts_is_an_error(case: Case, pipe: Any) -> None:
-    with pytest.raises(ErasureError, match="concept"):
-        methods.get(case.method)().fit(pipe, [])
-
-
-@every
-def test_erase_attaches_until_detach(case: Case, pipe: Any) -> None:
-    base, attributes = latents(pipe, TARGET), set(vars(pipe))
-    eraser = erasure.erase(pipe, CONCEPT, case.method, run=Run(progress=False))
-    assert eraser.method.name == case.method
-    assert (latents(pipe, TARGET) - base).norm() > 0.05 * base.norm()
-    erasure.detach(pipe)
-    assert torch.equal(latents(pipe, TARGET), base) and set(vars(pipe)) == attributes
-    erasure.detach(pipe)
-
-
-@prompt_seam
-def test_embeddings_that_no_eraser_has_seen_are_refused(case: Case, pipe: Any) -> None:
+@pytest.mark.parametrize("name", PROMPT_SEAM)
+def test_embeddings_that_no_eraser_has_seen_are_refused_by_name(name: str) -> None:
+    pipe = sd1()
     embeds, negative = pipe.encode_prompt(TARGET, "cpu", 1, True)
-    with case.fit(pipe).attach(pipe):
+    with subject(name, "sd1").fit(pipe).attach(pipe):
         with pytest.raises(NotErased, match="prompt_embeds"):
             latents(pipe, None, prompt_embeds=embeds, negative_prompt_embeds=negative)  # type: ignore[arg-type]
         with pytest.raises(NotErased, match="negative_prompt_embeds"):
@@ -262,41 +127,69 @@ def test_embeddings_that_no_eraser_has_seen_are_refused(case: Case, pipe: Any) -
         with pytest.raises(NotErased, match="before any prompt"):
             pipe.unet(torch.zeros(2, 4, 8, 8), 1, encoder_hidden_states=torch.cat([negative, embeds]))
         latents(pipe, "a cat")
+        with pytest.raises(NotErased, match="before any prompt"):  # a finished run takes its embeddings with it
+            pipe.unet(torch.zeros(2, 4, 8, 8), 1, encoder_hidden_states=torch.cat([negative, embeds]))
+        pipe.encode_prompt("a cat", "cpu", 1, True)
         with pytest.raises(NotErased, match="did not pass"):
             pipe.unet(torch.zeros(2, 4, 8, 8), 1, encoder_hidden_states=torch.cat([negative, embeds]))
+        with pytest.raises(NotErased, match="without encoder_hidden_states"):
+            pipe.unet(torch.zeros(2, 4, 8, 8), 1, encoder_hidden_states=None)
 
 
-@prompt_seam
-@pytest.mark.parametrize("guidance", [5.0, 1.0])
-def test_a_pipeline_made_from_the_attached_one_is_refused(case: Case, guidance: float) -> None:
-    pipe = case.build()
-    options: dict[str, Any] = {
-        "image": torch.zeros(1, 3, 16, 16),
-        "num_inference_steps": 4,
-        "output_type": "latent",
-        "guidance_scale": guidance,
-    }
-    with case.fit(pipe).attach(pipe):
-        other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
-        with pytest.raises(NotErased):
-            other(TARGET, **options)
-        latents(pipe, TARGET)  # the attached pipeline's own call must not open the door for the other
-        with pytest.raises(NotErased):
-            other(TARGET, **options)
+def test_flux_knows_its_two_calls_apart_after_an_aborted_run() -> None:
+    pipe = FAMILIES["flux"]()
+    with subject("negative_prompt", "flux").fit(pipe).attach(pipe):
+        expected = latents(pipe, TARGET)
+        pipe.encode_prompt(TARGET, max_sequence_length=48)  # one encoding that no run follows
+        assert torch.equal(latents(pipe, TARGET), expected)
+        with pytest.raises(NotErased, match="true_cfg_scale > 1"):
+            latents(pipe, TARGET, true_cfg_scale=1.0)
+        with pytest.raises(NotErased, match="negative_prompt"):
+            latents(pipe, TARGET, negative_prompt=None)
+        assert torch.equal(latents(pipe, TARGET), expected)
 
 
-@runtime
-def test_a_runtime_eraser_forbids_saving_the_base(case: Case, pipe: Any, tmp_path: Path) -> None:
-    with case.fit(pipe).attach(pipe), pytest.raises(NotErased, match="erasure export"):
-        pipe.save_pretrained(tmp_path / "shipped")
-    assert not (tmp_path / "shipped").exists()
-    pipe.save_pretrained(tmp_path / "base")
-    assert (tmp_path / "base" / "model_index.json").exists()
+@pytest.mark.parametrize("name", ["negative_prompt", "uce"])
+def test_prompts_of_each_encoder_and_several_images_a_prompt(name: str) -> None:
+    for family in ("sdxl", "sd3"):
+        pipe = FAMILIES[family]()
+        options = {"prompt_2": "a big red cat", "negative_prompt_2": "boat", "negative_prompt": "dog", "num_images_per_prompt": 2}
+        base = latents(pipe, TARGET, **options)
+        with subject(name, family).fit(pipe).attach(pipe):
+            erased = latents(pipe, TARGET, **options)
+        assert erased.shape == base.shape and len(base) == 2 and change(erased, base) > VISIBLE
+
+
+# artefacts and schedulers
+
+
+@pytest.mark.parametrize("name", methods.builtin)
+def test_an_artefact_does_not_depend_on_the_users_scheduler(name: str, tmp_path: Path) -> None:
+    pipe = sd1()
+    artifact.save(subject(name, "sd1").fit(pipe), tmp_path / "out", pipe=pipe, base_id="tiny")
+    for cls in (DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler):
+        other = sd1()
+        other.scheduler = scheduler = cls.from_config(other.scheduler.config)
+        attributes = set(vars(other))
+        report = erasure.verify(tmp_path / "out", other)
+        assert report["canary"]["measured"] == pytest.approx(report["canary"]["recorded"], rel=1e-3)
+        assert other.scheduler is scheduler and "_erasers" not in set(vars(other)) - attributes
+
+
+@pytest.mark.parametrize("name", methods.builtin)
+def test_verify_refuses_an_attached_pipeline_and_leaves_it_erased(name: str, tmp_path: Path) -> None:
+    pipe = sd1()
+    artifact.save(subject(name, "sd1").fit(pipe), tmp_path / "out", pipe=pipe, base_id="tiny")
+    erasure.load(tmp_path / "out", base=pipe)
+    erased = latents(pipe, TARGET)
+    with pytest.raises(ErasureError, match="attached"):
+        erasure.verify(tmp_path / "out", pipe)
+    assert torch.equal(latents(pipe, TARGET), erased)
 
 
 def test_a_weight_eraser_ships_as_an_ordinary_pipeline(tmp_path: Path) -> None:
     pipe = sd1()
-    with CASES[1].fit(pipe).attach(pipe):
+    with UCE.fit(pipe).attach(pipe):
         erased = latents(pipe, TARGET)
         pipe.save_pretrained(tmp_path / "shipped")
     shipped = type(pipe).from_pretrained(tmp_path / "shipped", use_safetensors=True)
@@ -306,13 +199,13 @@ def test_a_weight_eraser_ships_as_an_ordinary_pipeline(tmp_path: Path) -> None:
 
 # several erasers on one pipeline
 
-NEGATIVE, UCE, SAFREE = CASES
+NEGATIVE, UCE, SAFREE = (subject(name, "sd1") for name in ("negative_prompt", "uce", "safree"))
 
 
 @pytest.mark.parametrize(
     ("inner", "outer"), [(NEGATIVE, UCE), (UCE, NEGATIVE), (UCE, SAFREE), (NEGATIVE, SAFREE), (SAFREE, NEGATIVE)], ids=str
 )
-def test_different_methods_stack(inner: Case, outer: Case) -> None:
+def test_different_methods_stack(inner: Subject, outer: Subject) -> None:
     pipe = sd1()
     base, attributes = latents(pipe, TARGET), set(vars(pipe))
     first, second = inner.fit(pipe), outer.fit(pipe, Concept("cat", anchors=("boat",)))
@@ -338,7 +231,7 @@ def test_two_uce_erasers_conflict() -> None:
 @pytest.mark.parametrize(
     ("first", "second"), [(NEGATIVE, NEGATIVE), (NEGATIVE, SAFREE), (SAFREE, NEGATIVE), (UCE, SAFREE), (SAFREE, UCE)], ids=str
 )
-def test_taking_off_the_lower_eraser_first_raises_and_leaves_the_upper_at_work(first: Case, second: Case) -> None:
+def test_taking_off_the_lower_eraser_first_raises_and_leaves_the_upper_at_work(first: Subject, second: Subject) -> None:
     pipe = sd1()
     base, before, attributes = latents(pipe, TARGET), state(pipe), set(vars(pipe))
     upper_eraser = second.fit(pipe)
@@ -388,3 +281,66 @@ def test_detach_takes_off_every_eraser_even_where_one_complains() -> None:
     with pytest.raises(Conflict):
         erasure.detach(pipe)
     assert same_state(state(pipe), before) and set(vars(pipe)) == attributes and hooks(pipe) == 0
+
+
+# compose
+
+
+def test_compose_attaches_in_order_and_detaches_in_reverse() -> None:
+    pipe = sd1()
+    base = latents(pipe, TARGET)
+    first, second, third = NEGATIVE.fit(pipe), UCE.fit(pipe, Concept("cat", anchors=("boat",))), SAFREE.fit(pipe)
+    stack = compose(compose(first, second), third)
+    assert stack.erasers == (first, second, third)
+    with first.attach(pipe), second.attach(pipe), third.attach(pipe):
+        nested = latents(pipe, TARGET)
+    with stack.attach(pipe):
+        assert torch.equal(latents(pipe, TARGET), nested) and pipe._erasers == [first, second, third]
+    assert torch.equal(latents(pipe, TARGET), base) and hooks(pipe) == 0
+    with pytest.raises(Conflict), compose(first, second, UCE.fit(pipe)).attach(pipe):
+        pass
+    assert torch.equal(latents(pipe, TARGET), base) and "_erasers" not in vars(pipe)
+    with pytest.raises(ErasureError, match="no eraser"):
+        compose()
+
+
+def test_disjoint_weight_erasers_commute() -> None:
+    pipe = sd1()
+    whole = UCE.fit(pipe)
+    assert isinstance(whole, WeightEraser)
+    names = sorted(whole.changed)
+    halves = [WeightEraser(whole.method, whole.concepts, {n: whole.changed[n] for n in part}) for part in (names[::2], names[1::2])]
+    results = []
+    for order in (halves, halves[::-1]):
+        with compose(*order).attach(pipe):
+            results.append(latents(pipe, TARGET))
+    with whole.attach(pipe):
+        assert (latents(pipe, TARGET) - results[0]).abs().max() < 1e-6
+    assert (results[0] - results[1]).abs().max() < 1e-6
+
+
+# methods of strangers
+
+
+def test_check_method_runs_the_contract_and_names_every_check_that_fails() -> None:
+    from erasure.methods.negative_prompt import NegativePrompt, NegativePromptEraser
+
+    assert check_method(NegativePrompt, families=["sd1"]) == len(CHECKS)
+
+    @dataclass(frozen=True)
+    class Idle(NegativePromptEraser):
+        def edits(self, pipe: Any, family: Any) -> Any:
+            return []
+
+    class Broken(NegativePrompt):
+        name = "broken"
+
+        def fit(self, pipe: Any, concepts: Any, *, run: Run = Run()) -> Eraser:
+            vars(pipe)["left_behind"] = True
+            return Idle(self, tuple(concepts))
+
+    with pytest.raises(AssertionError, match="attaching changes the target") as caught:
+        check_method(Broken, families=["sd1"])
+    assert f"of {len(CHECKS)} checks" in str(caught.value) and "fit leaves no trace" in str(caught.value)
+    with pytest.raises(ErasureError, match="no family sd9"):
+        check_method(NegativePrompt, families=["sd9"])

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import Conflict, NothingAttached
 
@@ -22,6 +22,19 @@ def parameter(pipe: Any, name: str) -> Tensor:
         raise NothingAttached(f"{component} has no parameter {path!r}") from error
 
 
+def editable(name: str, weight: Any) -> Tensor:
+    """The weight, if a closed form can read and write it; quantised and offloaded ones raise."""
+    if not isinstance(weight, Tensor) or not torch.is_floating_point(weight) or type(weight) not in (Tensor, nn.Parameter):
+        kind = getattr(weight, "dtype", type(weight).__name__)
+        raise NothingAttached(
+            f"{name} is quantised ({type(weight).__name__}, {kind}) and cannot be edited: erase the unquantised base first and "
+            "quantise the result, or use a runtime or LoRA method"
+        )
+    if weight.is_meta:
+        raise NothingAttached(f"{name} is offloaded and cannot be written; attach the eraser before sequential offloading")
+    return weight
+
+
 @contextmanager
 def swapped(pipe: Any, tensors: Mapping[str, Tensor]) -> Iterator[int]:
     """Copy ``tensors`` (by dotted name with component) into the pipeline; yields how many, restores them bit-exactly."""
@@ -29,10 +42,7 @@ def swapped(pipe: Any, tensors: Mapping[str, Tensor]) -> Iterator[int]:
     for name, tensor in tensors.items():
         if live[name].shape != tensor.shape:
             raise NothingAttached(f"{name} is {tuple(live[name].shape)} here and {tuple(tensor.shape)} in the eraser: another base model")
-        if live[name].is_meta:
-            raise NothingAttached(f"{name} is offloaded and cannot be written; attach the eraser before sequential offloading")
-        if not torch.is_floating_point(live[name]):
-            raise NothingAttached(f"{name} is {live[name].dtype}: quantised weights cannot be edited; erase before quantising")
+        editable(name, live[name])
     originals = {name: p.detach().clone() for name, p in live.items()}
     written = {}
     with torch.no_grad():
