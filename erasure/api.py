@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .artifact import attach_checked, detach, verify
+from .artifact import check, detach, verify
 from .concept import Concept
-from .method import Eraser, Run, attach_for_good
+from .method import Eraser, Run, attach_for_good, compose
 from .models import load_base
 from .registry import methods
 
@@ -26,11 +26,13 @@ def erase(pipe: Any, concept: Concept | Sequence[Concept], method: str = "uce", 
     return eraser
 
 
-def load(folder: str | Path, base: Any, **options: Any) -> Any:
+def load(folder: str | Path | Sequence[str | Path], base: Any, **options: Any) -> Any:
     """The base with the artefact of ``folder`` attached and checked: an ordinary diffusers pipeline. Anything wrong raises.
 
-    ``base``: a pipeline, or what `load_base` takes, with its ``options``.
+    Several folders: each is checked on the bare base, and all are attached in their order. ``base``: a pipeline, or what
+    `load_base` takes, with its ``options``.
     """
     pipe = load_base(str(base), **options) if isinstance(base, str | Path) else base
-    attach_checked(folder, pipe)
+    folders = [folder] if isinstance(folder, str | Path) else list(folder)
+    attach_for_good(compose(*(check(each, pipe)[0] for each in folders)), pipe)
     return pipe

@@ -1,6 +1,5 @@
 """The folder that an eraser ships as: write it, check it, load it. Whatever is wrong raises; nothing falls back to the base."""
 
-import hashlib
 import json
 import os
 import platform
@@ -11,22 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from . import __version__, canary, fingerprint
+from . import __version__, canary, fingerprint, lora
+from .adapter import AdapterEraser
 from .card import model_card
 from .concept import Concept
-from .errors import ArtifactError, Conflict, ErasureError
-from .method import Eraser, ErasureMethod, WeightEraser, attach_for_good, detach
+from .errors import ArtifactError, Conflict, ErasureError, NoArtifact
+from .manifest import CARD, CONFIG, SCHEMA, STATE, check_files, is_export, sha256
+from .manifest import read as read_config
+from .method import Eraser, ErasureMethod, WeightEraser, detach
 from .registry import methods
 
-SCHEMA = 1
-CONFIG, STATE, CARD = "erasure_config.json", "erasure_state.safetensors", "README.md"
-FIELDS = {"kind": str, "method": str, "method_config": dict, "concepts": list, "base": dict, "canary": dict, "files": dict}
-"""What the configuration must hold to be loaded."""
-ENTRIES = (("base", "family", str), ("base", "components", dict), ("canary", "prompt", str), ("canary", "delta", float))
-"""What its sections must hold."""
 CANARY_AT_LOAD = 2_000_000_000
 """Denoisers with fewer parameters run the canary whenever an artefact is loaded onto them."""
 
@@ -37,10 +32,7 @@ def save(eraser: Eraser, folder: str | Path, *, pipe: Any, base_id: str, seed: i
     ``pipe`` is the base that it was fitted on, unattached; a canary that does not move there is an error, and nothing is written.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ArtifactError(f"{folder} is a file; choose a folder")
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
-        raise ArtifactError(f"{folder} is not empty and holds no artefact; choose another folder")
+    check_target(folder)
     if vars(pipe).get("_erasers"):
         raise Conflict("an eraser is attached to the pipeline; take it off before saving, since fingerprint and canary describe the base")
     partial = folder.with_name(f".{folder.name}.partial")
@@ -54,8 +46,21 @@ def save(eraser: Eraser, folder: str | Path, *, pipe: Any, base_id: str, seed: i
     return folder
 
 
+def check_target(folder: Path) -> None:
+    """Raise where an artefact cannot go: on a file, or among files that are none of an artefact's."""
+    if folder.exists() and not folder.is_dir():
+        raise NoArtifact(f"{folder} is a file; choose a folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
+        raise NoArtifact(f"{folder} is not empty and holds no artefact; choose another folder")
+    if is_export(folder):
+        raise NoArtifact(f"{folder} holds an export; choose another folder")
+
+
 def _write(eraser: Eraser, partial: Path, pipe: Any, base_id: str, seed: int, cost: Mapping[str, float] | None) -> None:
-    if tensors := eraser.tensors():
+    tensors = eraser.tensors()
+    if isinstance(eraser, AdapterEraser):
+        lora.write(tensors, partial)
+    elif tensors:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial / STATE, metadata={"format": "pt"})
     config: dict[str, Any] = {
         "schema": SCHEMA,
@@ -86,63 +91,27 @@ def _replace(folder: Path, partial: Path) -> None:
 
 
 def load_eraser(folder: str | Path) -> tuple[Eraser, dict[str, Any]]:
-    """The eraser of an artefact folder and its configuration, with schema, paths and hashes checked."""
+    """The eraser of an artefact folder and its configuration, with schema, files and hashes checked."""
     folder = Path(folder)
     config = read_config(folder)
-    for name, expected in config["files"].items():
-        path = folder / name
-        if Path(name).name != name or path.is_symlink():
-            raise ArtifactError(f"{folder}: the file name {name!r} leaves the folder")
-        if not path.is_file():
-            raise ArtifactError(f"{folder}: {name} is missing")
-        if (found := sha256(path)) != expected:
-            raise ArtifactError(f"{folder}: {name} has sha256 {found[:12]}…, the artefact was saved with {expected[:12]}…")
-    if STATE not in config["files"] and (folder / STATE).exists():
-        raise ArtifactError(f"{folder}: {STATE} is not listed in {CONFIG}")
+    state = check_files(folder, config)
     try:
         method: ErasureMethod = methods.get(config["method"]).from_config(config["method_config"])
         concepts = tuple(Concept.from_dict(c) for c in config["concepts"])
-        tensors = load_file(folder / STATE) if STATE in config["files"] else {}
-        eraser = method.eraser(concepts, tensors)
     except ErasureError as error:
         raise ArtifactError(f"{folder / CONFIG}: {error}") from error
-    except (SafetensorError, KeyError) as error:
-        raise ArtifactError(f"{folder}: {STATE} does not hold what {config['method']} needs: {error}") from error
+    try:
+        tensors = load_file(state) if state else {}
+        if wrong := [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]:
+            raise ErasureError(f"{wrong[0]} holds values that are not finite")
+        eraser = method.eraser(concepts, tensors)
+        if state and isinstance(eraser, AdapterEraser):
+            lora.check_metadata(state, tensors)
+    except Exception as error:  # whatever a method may raise at tensors that are not its own
+        raise ArtifactError(f"{state or folder} does not hold what {method.name} needs: {error}") from error
     if eraser.kind != config["kind"]:
         raise ArtifactError(f"{folder / CONFIG}: {method.name} makes erasers of kind {eraser.kind}, not {config['kind']}")
     return eraser, config
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ArtifactError(f"{folder} is no artefact: it has no {CONFIG}")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON: {error}") from error
-    schema = config.get("schema") if isinstance(config, dict) else None
-    if type(schema) is not int or schema != SCHEMA:
-        newer = isinstance(schema, int) and schema > SCHEMA
-        problem = "is newer than this version's; upgrade" if newer else "is unknown to this version"
-        raise ArtifactError(f"{path}: schema {schema} {problem} (schema {SCHEMA})")
-    missing = FIELDS.keys() - config.keys()
-    if missing:
-        raise ArtifactError(f"{path} lacks {', '.join(sorted(missing))}")
-    wrong = [key for key, kind in FIELDS.items() if not isinstance(config[key], kind)]
-    wrong += [
-        f"{section}.{key}" for section, key, kind in ENTRIES if section not in wrong and not isinstance(config[section].get(key), kind)
-    ]
-    if wrong:
-        raise ArtifactError(f"{path}: {', '.join(wrong)} hold the wrong kind of value")
-    return config
-
-
-def attach_checked(folder: str | Path, pipe: Any, *, always_canary: bool = False) -> tuple[Eraser, dict[str, Any]]:
-    """Check an artefact against ``pipe`` and attach it for good; gives a report."""
-    eraser, report = check(folder, pipe, always_canary=always_canary)
-    attach_for_good(eraser, pipe)
-    return eraser, report
 
 
 def check(folder: str | Path, pipe: Any, *, always_canary: bool = False) -> tuple[Eraser, dict[str, Any]]:
@@ -150,13 +119,14 @@ def check(folder: str | Path, pipe: Any, *, always_canary: bool = False) -> tupl
     eraser, config = load_eraser(folder)
     if vars(pipe).get("_erasers"):
         raise ArtifactError(f"{folder} is checked against a bare base, and this pipeline has an eraser attached: detach it first")
-    fingerprint.check(pipe, config["base"], str(folder))
-    report: dict[str, Any] = {"artefact": str(folder), "method": config["method"], "files": len(config["files"]), "fingerprint": "matches"}
+    left_out = fingerprint.check(pipe, config["base"], str(folder))
+    matches = f"matches; quantised and not compared: {', '.join(left_out)}" if left_out else "matches"
+    report: dict[str, Any] = {"artefact": str(folder), "method": config["method"], "files": len(config["files"]), "fingerprint": matches}
     if isinstance(eraser, WeightEraser):
         report["changed_tensors"] = fingerprint.count_changed(pipe, eraser.changed, str(folder))
-    size = sum(p.numel() for name in eraser.method.family(pipe).denoisers for p in getattr(pipe, name).parameters())
+    size = sum(p.numel() for _, denoiser in eraser.method.family(pipe).parts(pipe) for p in denoiser.parameters())
     if always_canary or size < CANARY_AT_LOAD:
-        report["canary"] = canary.check(pipe, eraser, config["canary"], str(folder))
+        report["canary"] = canary.check(pipe, eraser, config["canary"], str(folder), quantised=bool(left_out))
     return eraser, report
 
 
@@ -173,8 +143,18 @@ def environment() -> dict[str, str]:
     )
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-__all__ = ["ErasureError", "attach_checked", "check", "detach", "environment", "load_eraser", "save", "verify"]
+__all__ = [
+    "CARD",
+    "CONFIG",
+    "SCHEMA",
+    "STATE",
+    "ErasureError",
+    "check",
+    "check_target",
+    "detach",
+    "environment",
+    "load_eraser",
+    "read_config",
+    "save",
+    "verify",
+]

@@ -42,3 +42,21 @@ pipe = erasure.load("THIS_FOLDER", base="{config["base"]["id"]}")  # an ordinary
 |---|---|
 {fields}
 """
+
+
+def export_card(config: Mapping[str, Any], form: str, usage: str) -> str:
+    """README.md of an export."""
+    names = ", ".join(c["name"] for c in config["concepts"])
+    return f"""---
+base_model: {config["base"]["id"]}
+library_name: diffusers
+tags: [concept-erasure, {config["method"]}]
+---
+# {names}, erased from {config["base"]["id"]} by {config["method"]} ({form})
+
+Made by `erasure export --format {form}`; the base's licence applies.
+
+{usage}
+**Known limits.** No eraser is proof against every prompt or attack, and neighbours of a concept can suffer; measure before you ship.
+`erasure_config.json` has method, settings, concepts, the base's fingerprint, and the sha256 of every file here.
+"""

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArtifactError, NothingAttached
+from .errors import ArtifactError, NothingAttached, WrongBase
 from .families import family_of
-from .seams.weights import parameter
+from .seams.weights import parameter, plain
 
 ENTRIES = 256
 TOLERANCE = 2.0**-7
@@ -35,29 +35,57 @@ def take(pipe: Any) -> dict[str, Any]:
     """Family, and for each denoiser and text encoder the hash of its table of shapes and its sampled entries."""
     family = family_of(pipe)
     components = {}
-    for name in (*family.denoisers, *(encoder for encoder, _ in family.encoders)):
-        named = _named(getattr(pipe, name))
+    for name in (*(name for name, _ in family.parts(pipe)), *(encoder.component for encoder in family.encoders)):
+        if (module := getattr(pipe, name)) is None:  # some pipelines run without one of their text encoders
+            continue
+        named = _named(module)
         table = "\n".join(f"{key} {tuple(p.shape)}" for key, p in named.items())
         components[name] = {"shapes": hashlib.sha256(table.encode()).hexdigest(), "entries": [round(x, 8) for x in _sample(named)]}
     return {"family": family.name, "components": components}
 
 
-def check(pipe: Any, expected: Mapping[str, Any], source: str) -> None:
-    """Raise unless ``pipe`` is the base that ``expected`` was taken from."""
-    found = take(pipe)
+def quantised(pipe: Any) -> set[str]:
+    """Components whose weights a quantiser has replaced: nothing in them compares with the weights that they were made of."""
+    family = family_of(pipe)
+    names = (*(name for name, _ in family.parts(pipe)), *(encoder.component for encoder in family.encoders))
+    return {name for name in names if (module := getattr(pipe, name)) is not None and not all(map(plain, module.parameters()))}
+
+
+def check(pipe: Any, expected: Mapping[str, Any], source: str) -> list[str]:
+    """Raise unless ``pipe`` is the base that ``expected`` was taken from; gives the quantised components, which are left out.
+
+    At least one component must compare: the text encoders, as a rule, where the denoiser is quantised.
+    """
+    found, left_out = take(pipe), quantised(pipe)
     if found["family"] != expected["family"]:
-        raise ArtifactError(f"{source} was made for the family {expected['family']}, this pipeline is {found['family']}")
+        raise WrongBase(
+            f"{source} was made for the family {expected['family']}, this pipeline is {found['family']}: "
+            f"give its base, {expected.get('id')!r}, as --model"
+        )
+    if odd := sorted(found["components"].keys() ^ expected["components"].keys()):
+        raise WrongBase(
+            f"{source}: {', '.join(odd)} is in one alone of this pipeline and the base {expected.get('id')!r} that it was made for"
+        )
+    if left_out >= found["components"].keys():
+        raise WrongBase(f"{source}: all of this pipeline's components are quantised, so none shows which base it was: load one unquantised")
     for name, theirs in expected["components"].items():
-        ours = found["components"].get(name)
-        if ours is None or ours["shapes"] != theirs["shapes"]:
-            raise ArtifactError(f"{source}: {name} has other layers or shapes than the base {expected.get('id')!r} that it was made for")
+        if name in left_out:
+            continue
+        ours = found["components"][name]
+        if ours["shapes"] != theirs["shapes"]:
+            raise WrongBase(
+                f"{source}: {name} has other layers or shapes than the base that it was made for: "
+                f"give that, {expected.get('id')!r}, as --model"
+            )
         a, b = torch.tensor(ours["entries"]), torch.tensor(theirs["entries"])
         scale = b.abs().clamp(min=float(b.abs().median()) * 0.1 + 1e-6)
         wrong = int(((a - b).abs() > TOLERANCE * scale).sum())
         if wrong:
-            raise ArtifactError(
-                f"{source}: {wrong} of {ENTRIES} sampled weights of {name} differ from the base {expected.get('id')!r}: another model"
+            raise WrongBase(
+                f"{source}: {wrong} of {ENTRIES} sampled weights of {name} differ from the base {expected.get('id')!r}: "
+                "another model; give that base as --model"
             )
+    return sorted(left_out)
 
 
 def count_changed(pipe: Any, changed: Mapping[str, Tensor], source: str) -> int:

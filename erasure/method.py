@@ -80,7 +80,7 @@ class Eraser(ABC):
 
     kind: ClassVar[str]
     probe: ClassVar[str] = "{}"
-    """A prompt with a place for a target phrase, on which the erasure shows; one that compares prompts with the bare phrase needs more words."""
+    """A prompt with a place for a target phrase, on which the erasure shows: where the bare phrase is what it compares with, more words."""
     method: ErasureMethod
     concepts: tuple[Concept, ...]
 

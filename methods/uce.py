@@ -1,5 +1,6 @@
 """Unified Concept Editing: the linear layers that read the prompt, changed in closed form."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,6 +15,8 @@ from erasure.families import NAMES, Family
 from erasure.method import ErasureMethod, Run, WeightEraser
 from erasure.seams.weights import editable
 from erasure.text import Encoded, Place, encode, places
+
+log = logging.getLogger("erasure")
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "style": ("{}", "in the style of {}", "a picture in {} style", "{} art", "an image, {}"),
@@ -43,10 +46,7 @@ class Sums:
     def edit_map(self, erase_scale: float, retain_scale: float, ridge: float) -> Tensor:
         """M [d, d] = (λI + η_e Σ a cᵀ + η_p Σ r rᵀ) (λI + η_e Σ c cᵀ + η_p Σ r rᵀ)⁻¹."""
         kept = ridge * torch.eye(len(self.kept)).to(self.kept) + retain_scale * self.kept
-        try:
-            return torch.linalg.solve(kept + erase_scale * self.erased, kept + erase_scale * self.moved, left=False)
-        except RuntimeError as error:
-            raise ErasureError(f"UCE's system has no single solution (ridge={ridge}): use a ridge above 0, such as 0.5") from error
+        return torch.linalg.solve(kept + erase_scale * self.erased, kept + erase_scale * self.moved, left=False)
 
 
 def edit_map(targets: Tensor, anchors: Tensor, retain: Tensor, erase_scale: float, retain_scale: float, ridge: float) -> Tensor:
@@ -104,6 +104,13 @@ class UCE(ErasureMethod):
     expand: bool = True
     """Edit each phrase in five short templates as well as alone."""
 
+    def __post_init__(self) -> None:
+        if not self.ridge > 0 or min(self.erase_scale, self.retain_scale) < 0:
+            raise ErasureError(
+                f"uce: ridge is {self.ridge}, erase_scale {self.erase_scale}, retain_scale {self.retain_scale}; "
+                "the system has one solution with a ridge above 0, such as 0.5, and scales of at least 0"
+            )
+
     def fit(self, pipe: Any, concepts: Sequence[Concept], *, run: Run = Run()) -> WeightEraser:
         family = self.family(pipe)
         pairs, retain = self._pairs(concepts), self._retained(concepts)
@@ -139,7 +146,19 @@ class UCE(ErasureMethod):
         return sorted(found, key=lambda pair: pair[1])
 
     def _retained(self, concepts: Sequence[Concept]) -> list[str]:
-        return list(dict.fromkeys(t.format(phrase) for c in concepts for t in self._templates(c.kind) for phrase in c.retain))
+        """Retained phrases in every template, without those that another of the concepts erases."""
+        erased = {target.casefold() for concept in concepts for target in concept.targets}
+        if clash := sorted({phrase for concept in concepts for phrase in concept.retain if phrase.casefold() in erased}):
+            log.warning("erased by one concept and retained by another, so erased: %s", ", ".join(clash))
+        return list(
+            dict.fromkeys(
+                template.format(phrase)
+                for concept in concepts
+                for template in self._templates(concept.kind)
+                for phrase in concept.retain
+                if phrase.casefold() not in erased
+            )
+        )
 
     def _sums(
         self, pipe: Any, family: Family, pairs: Sequence[tuple[str, str]], retain: Sequence[str], kinds: set[str], run: Run

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..families import Family
 from . import denoiser, prompt
-from .issued import Issued
+from .issued import Embeds, Issued
 
 
 def _nothing() -> None:
@@ -31,7 +31,7 @@ def guided(
     issued = Issued(family, guided=True)
     branches: list[denoiser.Branch] = []
 
-    def encode(arguments: prompt.Arguments, embeds: prompt.Embeds) -> prompt.Embeds:
+    def encode(arguments: prompt.Arguments, embeds: Embeds) -> Embeds:
         given = embeds["embeds"]
         assert given is not None
         found = prompt.encode_alone(pipe, family, list(texts), arguments | {"num_images_per_prompt": 1, "num_videos_per_prompt": 1})

@@ -22,9 +22,14 @@ def parameter(pipe: Any, name: str) -> Tensor:
         raise NothingAttached(f"{component} has no parameter {path!r}") from error
 
 
+def plain(weight: Any) -> bool:
+    """Whether these are weights as trained, not what a quantiser made of them: other dtypes, or subclasses of tensors."""
+    return type(weight) in (Tensor, nn.Parameter) and torch.is_floating_point(weight)
+
+
 def editable(name: str, weight: Any) -> Tensor:
     """The weight, if a closed form can read and write it; quantised and offloaded ones raise."""
-    if not isinstance(weight, Tensor) or not torch.is_floating_point(weight) or type(weight) not in (Tensor, nn.Parameter):
+    if not plain(weight):
         kind = getattr(weight, "dtype", type(weight).__name__)
         raise NothingAttached(
             f"{name} is quantised ({type(weight).__name__}, {kind}) and cannot be edited: erase the unquantised base first and "
@@ -32,7 +37,8 @@ def editable(name: str, weight: Any) -> Tensor:
         )
     if weight.is_meta:
         raise NothingAttached(f"{name} is offloaded and cannot be written; attach the eraser before sequential offloading")
-    return weight
+    found: Tensor = weight
+    return found
 
 
 @contextmanager

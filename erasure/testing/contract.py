@@ -261,6 +261,11 @@ def quantised_bases_are_edited_or_refused_with_the_reason(of: Subject) -> None:
     with fitted.attach(pipe):
         require(change(latents(pipe, of.target), base) > VISIBLE, "runtime and LoRA kinds work on a quantised base")
     require(torch.equal(latents(pipe, of.target), base), "and come off it")
+    with tempfile.TemporaryDirectory() as parent:
+        folder = artifact.save(fitted, Path(parent) / "out", pipe=of.pipe, base_id="tiny")
+        api.load(folder, base=pipe)
+    require(change(latents(pipe, of.target), base) > VISIBLE, "and their artefacts load onto it")
+    detach(pipe)
 
 
 @check

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from erasure.concept import Concept
 from erasure.errors import ErasureError, NothingAttached
-from erasure.method import WeightEraser
+from erasure.families import family_of
+from erasure.method import Run, WeightEraser
 from erasure.methods import uce
 from erasure.methods.uce import UCE
-from tests.tiny import TOKENS, latents, sd1
+from erasure.text import encode
+from tests.tiny import FAMILIES, TOKENS, latents, sd1
 
 INPUTS, OUTPUTS = 12, 7
 
@@ -163,6 +165,54 @@ def test_another_text_width_is_an_error() -> None:
 def test_no_concepts_is_an_error(pipe: Any) -> None:
     with pytest.raises(ErasureError, match="concept"):
         UCE().fit(pipe, [])
+
+
+def test_many_concepts_in_batches_solve_the_same_problem_as_one_dense_system(pipe: Any) -> None:
+    words = [a + b for a in "abcdefgh" for b in "klmnop"]
+    concepts = [Concept(word, anchors=("cat" if i % 2 else "dog",), retain=("boat", "red")) for i, word in enumerate(words)]
+    eraser = UCE(tokens="last", expand=False, ridge=0.3).fit(pipe, concepts, run=Run(progress=False))
+    c, a = (
+        torch.cat([rows(pipe, text, "last") for text in side]) for side in zip(*(pair for x in concepts for pair in x.pairs()), strict=True)
+    )
+    r = torch.cat([rows(pipe, "boat", "last"), rows(pipe, "red", "last")])
+    for name, changed in eraser.tensors().items():
+        old = pipe.unet.get_parameter(name.removeprefix("unet.")).detach().double()
+        np.testing.assert_allclose(changed.double().numpy(), least_squares(old, c, a, r, 1.0, 1.0, 0.3), atol=5e-4)
+
+
+def test_what_one_concept_erases_another_does_not_retain(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
+    both = [Concept("dagger", anchors=("cat",), retain=("Knife", "boat")), Concept("knife", anchors=("cat",))]
+    eraser = UCE(expand=False).fit(pipe, both, run=Run(progress=False))
+    assert "Knife" in caplog.text and "boat" not in caplog.text
+    without = [Concept("dagger", anchors=("cat",), retain=("boat",)), both[1]]
+    expected = UCE(expand=False).fit(pipe, without, run=Run(progress=False)).tensors()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in eraser.tensors().items())
+
+
+@pytest.mark.parametrize("config", [{"ridge": 0.0}, {"ridge": float("nan")}, {"erase_scale": -1.0}])
+def test_settings_without_one_solution_are_errors(config: dict[str, float]) -> None:
+    with pytest.raises(ErasureError, match="ridge above 0"):
+        UCE(**config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "wan"])
+def test_other_families_are_solved_for_the_layers_that_read_the_prompt(family: str) -> None:
+    """FLUX's biases stay: v* is W c_anchor, where the authors' code has module(c_anchor), bias included."""
+    pipe = FAMILIES[family]()
+    concept = Concept("dagger", anchors=("cat",), retain=("boat",))
+    eraser = UCE(tokens="last", expand=False).fit(pipe, [concept], run=Run(progress=False))
+    row = family_of(pipe)
+    texts = ["dagger", "cat", "boat"]
+    encoded = next(encode(pipe, row, texts))
+    starts = {"sdxl": {0: 0}, "sd3": {0: 0, 2: 77}, "flux": {1: 0}, "wan": {0: 0}}[family]  # encoder -> its first row
+    last = [[start + int(encoded.lengths[k][i]) - 2 for k, start in starts.items()] for i in range(3)]
+    context = [encoded.context[i, last[i]].double() for i in range(3)]
+    layers = list(row.text_linears(pipe))
+    assert set(eraser.tensors()) == {f"{name}.weight" for name, _, _ in layers}
+    for name, layer, reads in layers:
+        c, a, r = context if reads == "context" else [encoded.pooled[i : i + 1].double() for i in range(3)]  # type: ignore[index]
+        expected = least_squares(layer.weight.detach().double(), c, a, r, 1.0, 1.0, 0.5)  # type: ignore[operator, union-attr]
+        np.testing.assert_allclose(eraser.tensors()[f"{name}.weight"].double().numpy(), expected, atol=2e-4)
 
 
 def test_bake_writes_for_good() -> None:
