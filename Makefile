@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test browser canvas clean
+.PHONY: help install demo test docs browser canvas clean
 
 help: ## list the targets
 	@echo "make [TARGET] [PYTHON=python3] [VENV=.venv] [TORCH_INDEX=URL of a wheel index with, say, the CPU build of torch]"
@@ -45,6 +45,11 @@ test: $(STAMP) ## ruff, mypy, pytest (PYTEST_ARGS='-k name' for some of the test
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The variable hides a notice on the theme's successor, printed on every run.
+docs: $(STAMP) ## build the documentation into site/, warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
+	@echo "The documentation: site/index.html"
+
 browser: ## install Chromium for the report's test, where that is possible
 	@if command -v chromedriver >/dev/null && { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then \
 	  echo "Chromium and its driver are here already"; \
@@ -62,5 +67,5 @@ canvas: $(STAMP) ## train the embedded models again (hours; goes on where it sto
 	$(BIN)/python scripts/train_canvas.py
 
 clean: ## remove results, build artefacts and caches; .venv and canvas-build/ stay
-	rm -rf out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf out build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

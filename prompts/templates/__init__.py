@@ -1,0 +1,1 @@
+"""Concept files to copy and fill in; they do not load as they are."""
