@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-Extractor = Callable[[Tensor], Tensor]
+from .extractors import EFFICIENTNET_LITE0_SHA256, EXTRACTORS
 
-EFFICIENTNET_LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-EXTRACTORS = {"efficientnet-lite0": EFFICIENTNET_LITE0_SHA256}
-"""Name of every feature extractor and the SHA-256 of its weight file, as protocols record them."""
+Extractor = Callable[[Tensor], Tensor]
 
 SIDE = 224
 
