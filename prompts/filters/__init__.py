@@ -1,0 +1,1 @@
+"""Words that filter rules look for."""
