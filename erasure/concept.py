@@ -1,18 +1,21 @@
 """What is to be erased, what it should become, and what must survive."""
 
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from .errors import ErasureError
+from .reading import problems, read_yaml
 from .registry import unknown
 
 Kind = Literal["object", "style", "category", "content", "identity"]
+PLACEHOLDER = re.compile(r"\{[^{}]*\}")
+"""What the templates of ``erasure.prompts.templates`` have where the user's words go; nobody's prompt means it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class Concept:
             object.__setattr__(self, "targets", (self.name,))
         if not all(target.strip() for target in self.targets):
             raise ErasureError(f"concept {self.name!r}: a target is empty, which would erase every prompt")
+        if open_place := PLACEHOLDER.search(" ".join((self.name, *self.targets, *self.anchors, *self.retain))):
+            raise ErasureError(f"concept {self.name!r}: {open_place[0]} is a place to fill in, not a phrase; put the words there")
+        lost = [phrase for phrase in self.retain if _same(phrase) in map(_same, self.targets)]
+        if lost:
+            where = f"retain[{self.retain.index(lost[0])}]"
+            raise ErasureError(f"concept {self.name!r}: {where}, {lost[0]!r}, is a target too; take it out of retain or out of targets")
         if len(self.anchors) not in (1, len(self.targets)):
             raise ErasureError(f"concept {self.name!r}: {len(self.anchors)} anchors for {len(self.targets)} targets; give one, or one each")
 
@@ -68,8 +77,14 @@ class Concept:
         try:
             return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-            raise ErasureError(f"{source}: {problems}") from error
+            raise ErasureError(f"{source}: {problems(error, (field.name for field in fields(cls)))}") from error
+        except ErasureError as error:
+            raise ErasureError(f"{source}: {error}") from error
+
+
+def _same(phrase: str) -> str:
+    """Phrases that differ by case and spaces alone are one."""
+    return " ".join(phrase.casefold().split())
 
 
 def load(name: str, *, canvas: bool = False) -> Concept:
@@ -77,18 +92,17 @@ def load(name: str, *, canvas: bool = False) -> Concept:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
-            raise ErasureError(f"no concept file {name}")
-        try:
-            return Concept.from_dict(yaml.safe_load(path.read_text()) or {}, source=name)
-        except yaml.YAMLError as error:
-            raise ErasureError(f"{name} is not YAML: {error}") from error
+            raise ErasureError(f"no concept file {name}; check the path")
+        return Concept.from_dict(read_yaml(path, name) or {}, source=name)
     if canvas:
         from .canvas.concepts import canvas_concept
 
         return canvas_concept(name)
     shipped = available()
     if name not in shipped:
-        raise unknown("concept", name, shipped, hint="or give --target and --anchor, or a .yaml file")
+        raise unknown(
+            "concept", name, shipped, hint="or give --target and --anchor, or a .yaml file (docs/concepts.md has one for a person)"
+        )
     return shipped[name]
 
 
@@ -96,5 +110,5 @@ def load(name: str, *, canvas: bool = False) -> Concept:
 def available() -> dict[str, Concept]:
     """Shipped concepts by name, found by scanning ``erasure.prompts.concepts``."""
     found = (p for p in files("erasure.prompts.concepts").iterdir() if p.name.endswith(".yaml"))
-    loaded = {p.name.removesuffix(".yaml"): Concept.from_dict(yaml.safe_load(p.read_text()), source=p.name) for p in found}
+    loaded = {p.name.removesuffix(".yaml"): Concept.from_dict(read_yaml(p, p.name), source=p.name) for p in found}
     return dict(sorted(loaded.items()))

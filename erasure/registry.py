@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 from .errors import ErasureError, UnknownName
 
@@ -19,13 +19,25 @@ def unknown(what: str, name: str, known: Iterable[str], hint: str = "") -> Unkno
     return UnknownName(f"no {what} {name!r}{guess or '.'} Known: {', '.join(known) or 'none'}{'; ' + hint if hint else ''}")
 
 
+class Entry(NamedTuple):
+    """What is known of a name without importing it."""
+
+    path: str
+    """``"module:object"``."""
+    summary: str
+    kind: str = ""
+    """How it acts: kind of the erasers that a method fits."""
+    families: str = ""
+    """Rows of families.py that it supports, separated by spaces."""
+
+
 @dataclass
 class Registry:
-    """Lazy names: built-ins as ``"module:object"`` with a one-line summary, plug-ins from an entry-point group."""
+    """Lazy names: built-ins from a static table, plug-ins from an entry-point group."""
 
     what: str
     group: str
-    builtin: dict[str, tuple[str, str]] = field(default_factory=dict)
+    builtin: dict[str, Entry] = field(default_factory=dict)
 
     @cached_property
     def plugins(self) -> dict[str, EntryPoint]:
@@ -37,7 +49,7 @@ class Registry:
     def get(self, name: str) -> Any:
         """The object of that name; unknown names raise with a suggestion, broken plug-ins with their own error."""
         if name in self.builtin:
-            module, _, attribute = self.builtin[name][0].partition(":")
+            module, _, attribute = self.builtin[name].path.partition(":")
             return getattr(import_module(module), attribute)
         if name in self.plugins:
             try:
@@ -46,26 +58,61 @@ class Registry:
                 raise ErasureError(f"the plug-in {name!r} ({self.plugins[name].value}) does not load: {error}") from error
         raise unknown(self.what, name, self.names())
 
-    def summaries(self) -> dict[str, str]:
-        """Each name with one line on it; a broken plug-in is listed with its error and breaks nothing."""
-        lines = {name: summary for name, (_, summary) in self.builtin.items()}
-        for name in sorted(self.plugins):
-            try:
-                lines[name] = (self.get(name).__doc__ or "").strip().split("\n")[0]
-            except ErasureError as error:
-                lines[name] = f"broken: {error}"
-        return lines
+    def entries(self) -> dict[str, Entry]:
+        """Every name; a plug-in is loaded to describe it, and a broken one is listed with its error and breaks nothing."""
+        return self.builtin | {name: self._describe(name) for name in sorted(self.plugins)}
 
+    def summaries(self) -> dict[str, str]:
+        """Each name with one line on it."""
+        return {name: entry.summary for name, entry in self.entries().items()}
+
+    def _describe(self, name: str) -> Entry:
+        path = self.plugins[name].value
+        try:
+            found = self.get(name)
+        except ErasureError as error:
+            return Entry(path, f"broken: {error}")
+        return Entry(path, (found.__doc__ or "").strip().split("\n")[0], kind_of(found), " ".join(sorted(getattr(found, "families", ()))))
+
+
+def kind_of(method: Any) -> str:
+    """The kind of the erasers that a method class says it fits, "" where it does not say."""
+    try:
+        return getattr(get_type_hints(method.fit).get("return"), "kind", "")
+    except (AttributeError, NameError, TypeError):
+        return ""
+
+
+FAMILIES = "sd1 sd2 sdxl sd3 flux wan"
+"""All of families.py, which this module does not import: a list of methods does not wait for torch."""
 
 methods = Registry(
     "method",
     "erasure.methods",
     {
-        "negative_prompt": (
+        "negative_prompt": Entry(
             "erasure.methods.negative_prompt:NegativePrompt",
             "The concept as negative prompt: the baseline of every table",
+            "runtime",
+            FAMILIES,
         ),
-        "uce": ("erasure.methods.uce:UCE", "Unified Concept Editing: cross-attention keys and values in closed form"),
-        "safree": ("erasure.methods.safree:SAFREE", "SAFREE: prompts projected off the concept's subspace, with re-attention"),
+        "uce": Entry(
+            "erasure.methods.uce:UCE", "Unified Concept Editing: cross-attention keys and values in closed form", "weights", FAMILIES
+        ),
+        "safree": Entry(
+            "erasure.methods.safree:SAFREE", "SAFREE: prompts projected off the concept's subspace, with re-attention", "runtime", FAMILIES
+        ),
+        "sld": Entry(
+            "erasure.methods.sld:SLD",
+            "Safe Latent Diffusion: guidance away from the concept's text, with warm-up and momentum",
+            "runtime",
+            FAMILIES,
+        ),
+        "perp_neg": Entry(
+            "erasure.methods.perp_neg:PerpNeg",
+            "Perp-Neg: a negative prompt that leaves alone what the prompt asks for",
+            "runtime",
+            FAMILIES,
+        ),
     },
 )

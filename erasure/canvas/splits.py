@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from torch import Tensor
 
 from .world import World, world
+
+if TYPE_CHECKING:  # the listings of the command line read the splits, and do not wait for torch
+    from torch import Tensor
 
 DEV_CATEGORY, DEV_OBJECT = "weapon", "dagger"
 SEEDS = {"fit": range(0, 100_000), "dev": range(100_000, 200_000), "test": range(200_000, 300_000)}
@@ -29,8 +30,10 @@ def held_out(of: World, share: float = 0.1) -> list[tuple[str, str]]:
     return sorted((o, s) for o, s in one_each if f"{o}|{s}" in chosen)
 
 
-def training_drawings(of: World, without: Iterable[str] = ()) -> Tensor:
+def training_drawings(of: World, without: Iterable[str] = ()) -> "Tensor":
     """Mask [objects, styles] of the drawings that the canvas may learn from, ``without`` some objects, styles or categories."""
+    import torch
+
     allowed = torch.ones(len(of.objects), len(of.styles), dtype=torch.bool)
     for o, s in held_out(of):
         allowed[of.objects.index(o), of.styles.index(s)] = False

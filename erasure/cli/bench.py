@@ -3,14 +3,16 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from ..errors import ErasureError
-from ..method import ErasureMethod
-from .options import Base, Images, What
-from .output import plan, show
+from .options import Base, DryRun, Folder, Images, Json, Seed, What
+from .output import chatty, plan, show
+
+if TYPE_CHECKING:
+    from ..method import ErasureMethod
 
 
 def bench(
@@ -19,35 +21,33 @@ def bench(
     what: What = What(),
     *,
     methods: str,
-    out: Path,
-    seed: int = 0,
+    out: Folder,
+    seed: Seed = 0,
     grid: Annotated[bool, Parameter(negative=())] = False,
-    json: Annotated[bool, Parameter(negative=())] = False,
-    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    json: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
-    """Erase, generate, score and compare; a killed run goes on where it stopped. Several concepts are erased one by one.
+    """Erase, generate, score and compare, from nothing to table and report.
 
-    Example: erasure bench --model canvas --concept dagger --methods negative_prompt,uce,safree --suite canvas-demo --out out/demo
+    A killed run goes on where it stopped. Several concepts are erased one by one, each in a folder of its own below --out.
 
     Parameters
     ----------
     methods: Names of methods, separated by commas; `name.yaml` files give a method and its settings.
     out: Folder of artefacts, images, results, table and report.
-    seed: Seed of the fits.
     grid: Print where the matched-seed grid is drawn (grid.png).
-    json: Print the comparison as JSON.
-    dry_run: Print how many images, minutes and megabytes this takes, and stop.
     """
     from erasure.eval.bench import Bench
 
-    chosen = [parse_method(name) for name in methods.split(",") if name]
-    if not chosen:
-        raise ErasureError("--methods is empty; see `erasure methods`")
-    concepts, suite, pipe = what.concepts(base.model), images.load(), base.load()
+    chosen = parse_methods(methods)
+    concepts, suite = what.concepts(base.model), images.load()
+    for concept in concepts:
+        suite.rows(concept)  # a concept that the suite does not know is said before the base is loaded
+    pipe = base.load()
     command = shlex.join(["erasure", *sys.argv[1:]])
     for concept in concepts:
         folder = out if len(concepts) == 1 else out / concept.name.replace(" ", "-")
-        run = Bench(folder, pipe, base.model, suite, concept, images.batch_size, seed, progress=not json)
+        run = Bench(folder, pipe, base.model, suite, concept, images.batch_size, seed, progress=chatty(json))
         if dry_run:
             plan(run, 1 + len(chosen), json)
             continue
@@ -55,17 +55,27 @@ def bench(
         show(table, folder, json, grid)
 
 
-def parse_method(name: str) -> ErasureMethod:
-    """A method by name with its defaults, or from a YAML file ``{method: NAME, field: value, ...}``."""
-    import yaml
+def parse_methods(text: str) -> "list[ErasureMethod]":
+    """Methods by their names and files, separated by commas; none, or one twice, is an error, since rows bear the method's name."""
+    chosen = [parse_method(name) for part in text.split(",") if (name := part.strip())]
+    if not chosen:
+        raise ErasureError("--methods is empty; see `erasure methods`")
+    names = [method.name for method in chosen]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ErasureError(f"--methods has {twice[0]} twice; compare two settings of a method by two runs, each with its own --out")
+    return chosen
 
+
+def parse_method(name: str) -> "ErasureMethod":
+    """A method by name with its defaults, or from a YAML file ``{method: NAME, field: value, ...}``."""
+    from ..reading import read_yaml
     from ..registry import methods
 
     if not name.endswith((".yaml", ".yml")):
         return methods.get(name).from_config({})
     if not Path(name).is_file():
-        raise ErasureError(f"no method file {name}")
-    config: dict[str, Any] = yaml.safe_load(Path(name).read_text()) or {}
-    if "method" not in config:
-        raise ErasureError(f"{name} does not say which method: it needs a key `method`")
+        raise ErasureError(f"no method file {name}; check the path, or give a name from `erasure methods`")
+    config = read_yaml(Path(name), name)
+    if not isinstance(config, dict) or not isinstance(config.get("method"), str):
+        raise ErasureError(f"{name} does not say which method: it needs a key `method` with a name from `erasure methods`")
     return methods.get(config.pop("method")).from_config(config)

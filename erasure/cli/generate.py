@@ -1,13 +1,11 @@
 """``erasure generate``: images of an artefact, or of the base, for a suite."""
 
-from pathlib import Path
-from typing import Annotated
+import json as jsonlib
 
-from cyclopts import Parameter
-
-from .options import Base, Images, What
+from .drawing import draw
+from .options import Base, DryRun, Engine, Folder, Images, Json, What
 from .output import plan
-from .rows import open_bench
+from .rows import foretold, open_bench
 
 
 def generate(
@@ -16,26 +14,37 @@ def generate(
     images: Images,
     what: What = What(),
     *,
-    out: Path,
+    out: Folder,
     shard: str = "1/1",
-    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    engine: Engine = "local",
+    json: Json = False,
+    dry_run: DryRun = False,
 ) -> None:
-    """Make a suite's images with an artefact, or with "base"; a killed run goes on where it stopped.
+    """Make a suite's images with an artefact, or with the base.
 
-    Example: erasure generate out/dagger-uce --model canvas --suite canvas --out out/eval --shard 1/4
+    A killed run goes on where it stopped.
 
     Parameters
     ----------
-    artefact: Folder that `erasure erase` wrote, or "base" with --concept.
+    artefact: Folder that `erasure erase` wrote, or "base"; suites that depend on the concept then take it from --concept.
     out: Folder of the images; `erasure evaluate` with the same --out scores them.
     shard: Part i/n of the chunks, for several machines on one folder.
-    dry_run: Print how many images, minutes and megabytes this takes, and stop.
     """
     from erasure.eval.store import parse_shard
 
-    run, name, eraser = open_bench(artefact, base, images, what, out)
-    if dry_run:
-        plan(run, 1, json=False)
+    part = parse_shard(shard)
+    if dry_run and foretold(artefact, base, images, what, json):
         return
-    cell = run.generate(name, eraser, parse_shard(shard))
-    print(f"{len(run.rows)} images in {cell.folder}, {sum(len(c.rows) for c in cell.missing())} still missing")
+    run, name, eraser = open_bench(artefact, base, images, what, out, json)
+    if dry_run:
+        plan(run, 1, json)
+        return
+    cells = draw(run, {name: eraser}, base, artefact, engine, part)
+    if not cells:
+        return
+    cell = cells[name]
+    missing = sum(len(c.rows) for c in cell.missing())
+    if json:
+        print(jsonlib.dumps({"folder": str(cell.folder), "images": len(run.rows), "missing": missing}))
+        return
+    print(f"{len(run.rows)} images in {cell.folder}, {missing} still missing")

@@ -1,26 +1,20 @@
 """``erasure methods``, ``concepts`` and ``suites``: what there is."""
 
 from ..registry import methods as registry
-from .options import emit
+from .options import Json, emit
 
 
-def methods(*, json: bool = False) -> None:
-    """List erasure methods, plug-ins included.
+def methods(*, json: Json = False) -> None:
+    """List erasure methods, plug-ins included."""
+    records = [
+        {"method": name, "kind": entry.kind, "families": entry.families.split(), "summary": entry.summary}
+        for name, entry in registry.entries().items()
+    ]
+    emit(records, json, ("method", "kind", "families", "summary"))
 
-    Parameters
-    ----------
-    json: Print JSON.
-    """
-    emit([{"method": name, "summary": line} for name, line in registry.summaries().items()], json, ("method", "summary"))
 
-
-def concepts(*, json: bool = False) -> None:
-    """List concepts: shipped files, and the words of the canvas.
-
-    Parameters
-    ----------
-    json: Print JSON.
-    """
+def concepts(*, json: Json = False) -> None:
+    """List concepts: shipped files, and the words of the canvas."""
     from ..canvas.splits import splits
     from ..canvas.world import world
     from ..concept import available
@@ -35,19 +29,3 @@ def concepts(*, json: bool = False) -> None:
             synonyms = [] if kind == "category" else [of.synonyms(name)[0]]
             records.append({"concept": name, "kind": kind, "model": "canvas", "split": where, "targets": [name, *synonyms]})
     emit(records, json, ("concept", "kind", "model", "split", "targets"))
-
-
-def suites(*, json: bool = False) -> None:
-    """List evaluation suites.
-
-    Parameters
-    ----------
-    json: Print JSON.
-    """
-    from erasure.eval.suite import list_suites
-
-    records = [
-        {"suite": s.name, "version": s.version, "images": s.size, "ranked": s.ranked, "hash": s.hash, "summary": s.summary}
-        for s in list_suites()
-    ]
-    emit(records, json, ("suite", "version", "images", "ranked", "hash", "summary"))

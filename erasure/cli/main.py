@@ -1,46 +1,93 @@
-"""Entry point of the ``erasure`` command."""
+"""Entry point of the ``erasure`` command.
+
+Exit codes: 0 done; 1 a check failed (a damaged artefact, a canary that does not move), and with a traceback a bug; 2 used wrongly, with
+cause and fix in the message; 130 stopped by Ctrl-C; 141 the reader of a pipe went away.
+"""
 
 import logging
+import os
 import sys
+from typing import Annotated
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, Group, Parameter
 
 from .. import __version__
 from ..errors import ErasureError
+from .examples import epilogue
+from .failures import BUG, explain
+
+VERBS = {
+    "methods": ("listing:methods", "List erasure methods, plug-ins included."),
+    "concepts": ("listing:concepts", "List concepts: shipped files, and the words of the canvas."),
+    "suites": ("suites:app", "List evaluation suites; show or fetch one."),
+    "recipes": ("recipes:recipes", "List recipes: when an image counts as unsafe, as each paper had it."),
+    "erase": ("erase:app", "Fit a method on concepts and save the artefact."),
+    "verify": ("verify:verify", "Check an artefact on its base: schema, hashes, fingerprint, changed tensors and canary."),
+    "export": ("export:export", "Write an artefact in a form that other tools load, and compare that with the attached eraser."),
+    "generate": ("generate:generate", "Make a suite's images with an artefact, or with the base."),
+    "evaluate": ("evaluate:evaluate", "Score an artefact on a suite against the base."),
+    "compare": ("compare:compare", "Compare results of one protocol, side by side."),
+    "bench": ("bench:bench", "Erase, generate, score and compare, from nothing to table and report."),
+}
+"""Verb -> where it is, and what it does; imported when it is called."""
+ALONE = ("erase", "export", "bench")
+"""Verbs whose work no launcher can share."""
 
 app = App(
     name="erasure",
     help="Erase concepts from diffusers pipelines, ship what was fitted, and measure what it did.",
-    help_epilogue=(
-        "Examples:\n\n"
-        "erasure bench --model canvas --concept dagger --methods negative_prompt,uce,safree --suite canvas-demo --out out/demo\n\n"
-        "erasure erase uce --model stable-diffusion-v1-5/stable-diffusion-v1-5 --concept van-gogh --out out/van-gogh"
-    ),
+    help_format="plaintext",
+    help_epilogue=epilogue(""),
     version=__version__,
+    suppress_keyboard_interrupt=False,  # main says that the command can go on, which cyclopts would not
 )
-for verb in ("methods", "concepts", "suites"):
-    app.command(f"erasure.cli.listing:{verb}", name=verb)
-for verb in ("erase", "verify", "generate", "evaluate", "compare", "bench"):
-    app.command(f"erasure.cli.{verb}:{'app' if verb == 'erase' else verb}", name=verb)
+for _verb, (_path, _summary) in VERBS.items():
+    _end = {} if _path.endswith(":app") else {"help_epilogue": epilogue(_verb)}  # an app of its own has its own end
+    app.command(f"erasure.cli.{_path}", name=_verb, help=_summary, **_end)
+
+app.meta.suppress_keyboard_interrupt = False
+EVERYWHERE = Group("Everywhere", sort_key=99)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line: 0 done, 1 failed, 2 used wrongly."""
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    verbose: Annotated[bool, Parameter(name=("--verbose", "-v"), negative=(), group=EVERYWHERE, help="Say what is done.")] = False,
+    quiet: Annotated[bool, Parameter(name=("--quiet", "-q"), negative=(), group=EVERYWHERE, help="No progress, no warnings.")] = False,
+) -> None:
+    """Set how much is said, then run the verb."""
     from rich.console import Console
     from rich.logging import RichHandler
 
-    console = Console(stderr=True)
-    logging.getLogger("erasure").addHandler(RichHandler(console=console, show_path=False, show_time=False))
+    from erasure.eval.engines.ranks import Rank
+
+    log = logging.getLogger("erasure")
+    log.handlers = [RichHandler(console=Console(stderr=True), show_path=False, show_time=False)]
+    rank = Rank.here()
+    log.setLevel(logging.ERROR if quiet or not rank.first else logging.INFO if verbose else logging.WARNING)
+    if rank.count > 1 and tokens and tokens[0] in ALONE:
+        raise ErasureError(f"`erasure {tokens[0]}` is the work of one process, the launcher started {rank.count}: run it without launcher")
+    if not rank.first and "--dry-run" in tokens:
+        return  # the first one says it
+    app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and give its exit code; a bug leaves as the exception that it is."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments, exit_on_error=False, result_action="return_value")
-    except CycloptsError:
-        return 2  # cyclopts has printed what was wrong
-    except ErasureError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        return 1
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        return 1
+        app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+    except BrokenPipeError:  # such as `erasure concepts | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (Exception, KeyboardInterrupt) as error:
+        failure = explain(error)
+        if failure is None:
+            error.add_note(BUG)
+            raise
+        failure.show("--json" in arguments)
+        return failure.exit_code
     return 0
 
 

@@ -1,15 +1,37 @@
 """Options that several verbs share, and what they stand for."""
 
 import json
+import os
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.table import Table
+from cyclopts.validators import Number
 
 from ..concept import Concept, Kind, load
 from ..errors import ErasureError
+from .output import chatty
+
+
+def _can_hold(_: Any, out: Path) -> None:
+    """Said before any work: an output folder is a folder that can be made, or written to."""
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.lexists(p))
+    if not place.is_dir():
+        raise ValueError(f"{place} is a file; choose another folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{place} may not be written to; choose another folder, or change its permissions.")
+
+
+Out = Annotated[Path, Parameter(help="Folder of the artefact.", validator=_can_hold)]
+Folder = Annotated[Path, Parameter(validator=_can_hold)]
+Seed = Annotated[int, Parameter(help="Seed of the fit.", validator=Number(gte=0))]
+Json = Annotated[bool, Parameter(help="Print JSON.", negative=())]
+DryRun = Annotated[bool, Parameter(help="Say what would be done, and stop.", negative=())]
+Positive = Annotated[int, Parameter(validator=Number(gte=1))]
+Engine = Annotated[
+    Literal["local", "ray"], Parameter(help="Who makes the images: this process (or its launcher's ranks), or a Ray cluster's workers.")
+]
 
 
 @Parameter(name="*")
@@ -23,18 +45,26 @@ class Base:
     """Folder with the configuration of a single-file checkpoint."""
     device: str | None = None
     """cuda where there is one, else cpu."""
-    dtype: str = "float32"
-    """float32, float16 or bfloat16."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of the weights and images."""
 
     def load(self) -> Any:
         import diffusers.utils.logging
         import transformers.utils.logging
 
+        from erasure.eval.engines.ranks import Rank
+
         from ..models import load_base
 
         for library in (diffusers, transformers):
             library.utils.logging.disable_progress_bar()  # ours are the ones to look at
-        return load_base(self.model, device=self.device, dtype=self.dtype, base_config=self.base_config)
+            if not chatty(json=False):
+                library.utils.logging.set_verbosity_error()
+        return load_base(**self.arguments() | {"device": Rank.here().device(self.device)})
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of ``load_base``."""
+        return {"model": self.model, "device": self.device, "dtype": self.dtype, "base_config": self.base_config}
 
 
 @Parameter(name="*")
@@ -44,25 +74,28 @@ class Images:
 
     suite: str
     """Suite by name or .yaml file; see `erasure suites`."""
-    limit: int | None = None
+    prompts: Path | None = None
+    """File or folder with the suite's prompts, instead of its source; other bytes than pinned make another suite."""
+    limit: Positive | None = None
     """Make about this many images a row, every kind in proportion; the table is then not ranked."""
-    steps: int | None = None
+    steps: Positive | None = None
     """Sampling steps, instead of the protocol's."""
-    guidance: float | None = None
+    guidance: Annotated[float, Parameter(validator=Number(gte=0))] | None = None
     """Guidance scale, instead of the protocol's."""
-    batch_size: int = 32
+    batch_size: Positive = 32
     """Images per call of the pipeline."""
 
     def load(self) -> Any:
         from erasure.eval.suite import load_suite
 
         suite = load_suite(self.suite)
+        suite = suite if self.prompts is None else suite.with_prompts(self.prompts)
         changes = {key: value for key, value in (("steps", self.steps), ("guidance", self.guidance)) if value is not None}
         suite = suite.under(**changes) if changes else suite
         return suite if self.limit is None else suite.limited(self.limit)
 
 
-Repeat = Annotated[tuple[str, ...], Parameter(negative=())]
+Repeat = Annotated[tuple[str, ...], Parameter(negative=(), show_default=False)]
 
 
 @Parameter(name="*")
@@ -81,7 +114,14 @@ class What:
     kind: Kind = "object"
     """Sort of a concept of your own."""
 
+    @property
+    def named(self) -> bool:
+        """Whether any concept is."""
+        return bool(self.concept or self.target)
+
     def concepts(self, model: str) -> tuple[Concept, ...]:
+        if twice := [name for name in self.concept if self.concept.count(name) > 1]:
+            raise ErasureError(f"--concept {twice[0]} is given twice; once is enough")
         named = tuple(load(name, canvas=model == "canvas") for name in self.concept)
         if not self.target:
             if self.anchor or self.retain:
@@ -98,9 +138,15 @@ def emit(data: Any, as_json: bool, columns: tuple[str, ...] = ()) -> None:
     if as_json:
         print(json.dumps(data, indent=2, ensure_ascii=False))
         return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns[:-1]:
+        column.no_wrap = True  # names are there to be copied; the last column has the words
     for record in data:
-        table.add_row(*(_cell(record[c]) for c in columns))
+        table.add_row(*(Text(_cell(record[c])) for c in columns))
     Console().print(table)
 
 

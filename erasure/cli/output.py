@@ -1,14 +1,20 @@
 """What the evaluating verbs print."""
 
 import json as jsonlib
+import logging
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+
+def chatty(json: bool) -> bool:
+    """Whether to show progress: neither beside JSON nor with --quiet."""
+    return not json and logging.getLogger("erasure").isEnabledFor(logging.WARNING)
 
 
 def show(table: Any, folder: Path, json: bool, grid: bool = False) -> None:
     """A comparison on the terminal, or as JSON."""
+    from rich.console import Console
+
     from erasure.eval import tables
 
     if json:
@@ -16,13 +22,13 @@ def show(table: Any, folder: Path, json: bool, grid: bool = False) -> None:
         return
     console = Console()
     console.print(tables.to_rich(table))
-    console.print(f"report: {folder / 'report.html'}", highlight=False)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False)
     if grid:
-        console.print(f"grid:   {folder / 'grid.png'}", highlight=False)
+        console.print(f"grid:   {folder / 'grid.png'}", highlight=False, markup=False)
 
 
 def plan(run: Any, rows: int, json: bool) -> None:
-    """What a run would cost, from its images so far or one timed batch."""
+    """What a run would cost, from one timed batch; nothing is written."""
     from erasure.eval.generate import estimate, seconds_per_image
 
     seconds = seconds_per_image(run.pipe, run.rows[: run.batch_size], run.suite.protocol)

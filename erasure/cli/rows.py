@@ -1,32 +1,73 @@
 """An artefact, or the base, as a row of a table."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..concept import Concept
 from ..errors import ErasureError
-from ..method import Eraser
 from .options import Base, Images, What
+from .output import chatty
+
+if TYPE_CHECKING:
+    from ..method import Eraser
 
 
-def open_bench(artefact: str, base: Base, images: Images, what: What, out: Path) -> tuple[Any, str, Eraser | None]:
-    """The run folder of an artefact's concept, the name of its row, and the eraser, checked against the base it goes on."""
+def open_bench(artefact: str, base: Base, images: Images, what: What, out: Path, json: bool) -> "tuple[Any, str, Eraser | None]":
+    """The run folder of an artefact's concept, the name of its row, and the eraser, checked against the base it goes on.
+
+    Whatever can be wrong without the base is said before the base is loaded.
+    """
     from erasure.eval.bench import BASE, Bench
 
     from .. import artifact
 
-    pipe = base.load()
+    suite = images.load()
     eraser: Eraser | None = None
-    if artefact == BASE:
-        concept = _only(what.concepts(base.model))
-    else:
-        artifact.verify(artefact, pipe)
+    name = BASE
+    if artefact != BASE:
         eraser, _ = artifact.load_eraser(artefact)
-        concept = _only(what.concepts(base.model) if what.concept or what.target else eraser.concepts)
-    name = BASE if eraser is None else eraser.method.name if Path(artefact).parent.name == "artefacts" else Path(artefact).name
-    if eraser is not None and name == BASE:
-        raise ErasureError(f"{artefact}: a folder called {BASE!r} would be taken for the base; rename it")
-    return Bench(out, pipe, base.model, images.load(), concept, images.batch_size), name, eraser
+        name = row_name(artefact)
+        if name == BASE:
+            raise ErasureError(f"{artefact}: a folder called {BASE!r} would be taken for the base; rename it")
+    elif suite.asks_concept and not what.named:
+        raise ErasureError("the base has no concept of its own: say with --concept what the suite asks about")
+    concept = _concept(suite, eraser, what, base.model)
+    suite.rows(concept)
+    pipe = base.load()
+    suite = suite.fitting(pipe)
+    if eraser is not None:
+        artifact.verify(artefact, pipe)
+    return Bench(out, pipe, base.model, suite, concept, images.batch_size, progress=chatty(json)), name, eraser
+
+
+def row_name(artefact: str) -> str:
+    """What an artefact, or the base, is called in tables: its folder's name."""
+    return Path(artefact).resolve().name if artefact != "base" else artefact
+
+
+def foretold(artefact: str, base: Base, images: Images, what: What, json: bool, more: dict[str, Any] | None = None) -> bool:
+    """Say what a dry run on a prompt suite would make, without the model; False, and nothing said, where only the model can tell.
+
+    more: what else to say.
+    """
+    from .. import artifact
+    from .suites import walk_through
+
+    suite = images.load()
+    if suite.prompts is None:
+        return False
+    needed = suite.asks_concept and not what.named and artefact != "base"
+    walk_through(suite, _concept(suite, artifact.load_eraser(artefact)[0] if needed else None, what, base.model), json, more)
+    return True
+
+
+def _concept(suite: Any, eraser: "Eraser | None", what: What, model: str) -> Concept:
+    """The concept that was named, else the artefact's, else the suite's own where its rows depend on none."""
+    if what.named:
+        return _only(what.concepts(model))
+    if eraser is not None and (suite.asks_concept or len(eraser.concepts) == 1):
+        return _only(eraser.concepts)
+    return suite.default_concept()
 
 
 def _only(concepts: tuple[Concept, ...]) -> Concept:

@@ -158,8 +158,11 @@ def _filters(prompts: "Prompts", suite: "Suite", loaded: "Loaded | None") -> lis
     return lines or ["none"]
 
 
-def walk_through(suite: "Suite", concept: "Concept", json: bool) -> None:
-    """What a run on a prompt suite would make, without weights or downloads: from its own words, a local file, or our sample."""
+def walk_through(suite: "Suite", concept: "Concept", json: bool, more: dict[str, Any] | None = None) -> None:
+    """What a run on a prompt suite would make, without weights or downloads: from its own words, a local file, or our sample.
+
+    more: what else to say; a table or list in it takes a line an entry.
+    """
     local = suite.prompts is None or suite.prompts.source is None or suite.prompts.source.folder or suite.prompts.source.package
     read = suite if local else suite.sample()
     rows = read.rows(concept)
@@ -177,4 +180,11 @@ def walk_through(suite: "Suite", concept: "Concept", json: bool) -> None:
         "prompts": str(suite.prompts.source) if suite.prompts and suite.prompts.source else "the concept's own words",
         "read": f"{len(rows)} rows of {'the suite' if local else 'our sample of its columns'}; nothing was fetched, no weights were loaded",
     }
-    print(jsonlib.dumps(record) if json else "\n".join(f"{key}: {value}" for key, value in record.items()))
+    record |= more or {}
+    if json:
+        print(jsonlib.dumps(record, ensure_ascii=False))
+        return
+    for key, value in record.items():
+        lines = [f"{k}: {v}" for k, v in value.items()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        entries = [", ".join(f"{k} {v or 'not published'}" for k, v in one.items()) if isinstance(one, dict) else one for one in lines]
+        print(f"{key}: {entries[0] if entries else 'none'}", *(f"  {entry}" for entry in entries[1:]), sep="\n")

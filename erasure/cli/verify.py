@@ -1,22 +1,23 @@
 """``erasure verify``: does an artefact still do what it did?"""
 
 import json as jsonlib
+from pathlib import Path
 
-from .options import Base
+from .options import Base, Json
 
 
-def verify(artefact: str, base: Base, *, json: bool = False) -> None:
-    """Check an artefact on its base: schema, hashes, fingerprint, changed tensors and canary; exit code 1 at the first failure.
+def verify(artefact: Path, base: Base, *, json: Json = False) -> None:
+    """Check an artefact on its base: schema, hashes, fingerprint, changed tensors and canary.
 
-    Example: erasure verify out/dagger-uce --model canvas
+    Exit code 1 at the first check that fails, 2 for a folder that is no artefact or for another base.
 
     Parameters
     ----------
     artefact: Folder that `erasure erase` wrote.
-    json: Print JSON.
     """
     from .. import artifact
 
+    artifact.load_eraser(artefact)  # said before a large base is loaded
     report = artifact.verify(artefact, base.load())
     if json:
         print(jsonlib.dumps(report, indent=2))
