@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -78,6 +78,35 @@ def _write(eraser: Eraser, partial: Path, pipe: Any, base_id: str, seed: int, co
     (partial / CARD).write_text(model_card(config))
     config["files"] = {p.name: sha256(p) for p in sorted(partial.iterdir())}
     (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def rewrite_card(folder: str | Path, change: Callable[[str], str]) -> Path:
+    """Put another text into an artefact's README.md, with its hash, and leave all else; whole or not at all."""
+    folder = Path(folder)
+    config = read_config(folder)
+    check_files(folder, config)
+    text = change((folder / CARD).read_text(encoding="utf-8"))
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        # Links where the file system has them: the tensors may be large, and stay as they are.
+        shutil.copytree(folder, partial, copy_function=_link)
+        for name in (CARD, CONFIG):
+            (partial / name).unlink()
+        (partial / CARD).write_text(text, encoding="utf-8")
+        config["files"][CARD] = sha256(partial / CARD)
+        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        _replace(folder, partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder / CARD
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _replace(folder: Path, partial: Path) -> None:

@@ -38,7 +38,7 @@ class Schedule:
 
     @classmethod
     def of(cls, scheduler: Any) -> "Schedule":
-        """The training schedule of a diffusers scheduler; a flow's timestep t of 1000 is the noise share sigma = t / 1000 before any shift."""
+        """The training schedule of a diffusers scheduler; a flow's timestep t of 1000 is the noise share t / 1000 before any shift."""
         prediction = prediction_of(scheduler)
         if hasattr(scheduler, "alphas_cumprod"):
             alphas = scheduler.alphas_cumprod.double()

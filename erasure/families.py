@@ -59,7 +59,7 @@ class Family:
     text_layers: tuple[tuple[str, Literal["context", "pooled"]], ...]
     """Endings of the names of the linear layers that read the prompt first, and what each reads."""
 
-    def parts(self, pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+    def parts(self, pipe: Any) -> Iterator[tuple[str, Any]]:
         """Name and module of each denoiser that the pipeline has."""
         for name in self.denoisers:
             if (module := getattr(pipe, name, None)) is not None:

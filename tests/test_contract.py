@@ -153,7 +153,7 @@ def test_flux_knows_its_two_calls_apart_after_an_aborted_run() -> None:
 def test_prompts_of_each_encoder_and_several_images_a_prompt(name: str) -> None:
     for family in ("sdxl", "sd3"):
         pipe = FAMILIES[family]()
-        options = {"prompt_2": "a big red cat", "negative_prompt_2": "boat", "negative_prompt": "dog", "num_images_per_prompt": 2}
+        options: dict[str, Any] = {"prompt_2": "a big red cat", "negative_prompt_2": "boat", "negative_prompt": "dog", "num_images_per_prompt": 2}
         base = latents(pipe, TARGET, **options)
         with subject(name, family).fit(pipe).attach(pipe):
             erased = latents(pipe, TARGET, **options)
@@ -335,7 +335,7 @@ def test_check_method_runs_the_contract_and_names_every_check_that_fails() -> No
     class Broken(NegativePrompt):
         name = "broken"
 
-        def fit(self, pipe: Any, concepts: Any, *, run: Run = Run()) -> Eraser:
+        def fit(self, pipe: Any, concepts: Any, *, run: Run = Run()) -> NegativePromptEraser:
             vars(pipe)["left_behind"] = True
             return Idle(self, tuple(concepts))
 

@@ -200,7 +200,7 @@ def fitting_code() -> list[Path]:
 
 def test_nothing_that_fits_sees_the_test_judge() -> None:
     paths = fitting_code()
-    assert {"uce.py", "safree.py", "negative_prompt.py"} <= {p.name for p in paths}
+    assert {"uce.py", "session.py", "negative_prompt.py", "sld.py"} <= {p.name for p in paths}
     for path in paths:
         assert not [name for name in imported(path) if "judge_test" in name], path.name
         assert not [name for name in imported(path) if re.match(r"(erasure\.)?eval\b", name)], f"{path.name} imports the examiner"
