@@ -42,6 +42,17 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"scope": "sentence", "self_validating": False, "order": "paper"},
         {"scope": "sentence", "self_validating": False, "negative_prompt": False},
     ],
+    "sld": [
+        {"preset": "weak"},
+        {"preset": "weak-paper"},
+        {"preset": "medium"},
+        {"preset": "strong"},
+        {"preset": "max"},
+        {"preset": "strong", "warmup": 3},
+        {"preset": "strong", "warmup": 0},
+        {"preset": "medium", "warmup": 0},
+    ],
+    "perp_neg": [{}, {"weight": 1.0}, {"weight": 4.0}, {"negatives": "each"}],
 }
 assert all(len(grid) <= 12 for grid in GRIDS.values())
 

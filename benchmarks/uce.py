@@ -1,9 +1,10 @@
 """UCE at the size of SD 1.5, random weights: seconds and memory for 1, 10, 100 and 1,000 concepts erased in one closed form.
 
-    python benchmarks/uce.py                  # all four, each in a process of its own; about a quarter of an hour on two cores
+    python benchmarks/uce.py                  # all four, each in a process of its own; some minutes on two cores
     python benchmarks/uce.py --counts 1 10
 
-Weights decide nothing about cost, so they are random. Each concept has one target in five templates; 40 words are retained in all runs.
+Weights decide nothing about cost, so they are random. Each concept is one phrase (``expand=False``; the five templates of the default take
+five times as many encodings); 40 words are retained in all runs.
 Writes docs/benchmarks/uce.json and prints the table of docs/performance.md.
 """
 
@@ -67,7 +68,7 @@ def measure(n: int) -> dict[str, Any]:
     concepts[0] = Concept(concepts[0].name, retain=retained)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     started = time.perf_counter()
-    eraser = UCE().fit(pipe, concepts, run=Run(progress=False))
+    eraser = UCE(expand=False).fit(pipe, concepts, run=Run(progress=False))
     seconds = time.perf_counter() - started
     changed = eraser.tensors()
     assert len(changed) == 32 and all(tensor.isfinite().all() for tensor in changed.values())

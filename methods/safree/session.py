@@ -130,6 +130,6 @@ class Session:
         if module not in self.scales:
             raise NotErased("this is a copy of the denoiser that safree is attached to; attach an eraser to the copied pipeline itself")
         hidden, scale = self.scales[module]
-        features = features.clone()
-        features[call.branch, hidden:] = reattend(features[call.branch, hidden:], features[call.size :, hidden:], scale)
+        features, own = features.clone(), slice(call.size, call.size + len(call.branch))  # seams opened later have rows after these
+        features[call.branch, hidden:] = reattend(features[call.branch, hidden:], features[own, hidden:], scale)
         return features
