@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out/demo
 PYTEST_ARGS ?=
+# Processes that share the tests, each on one thread.
+WORKERS ?= 2
 
 # The pair that the figures in this repository were made with; the package itself takes any torch from 2.4 on.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
@@ -14,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test docs browser canvas clean
+.PHONY: help install demo test docs leaderboard browser canvas clean
 
 help: ## list the targets
 	@echo "make [TARGET] [PYTHON=python3] [VENV=.venv] [TORCH_INDEX=URL of a wheel index with, say, the CPU build of torch]"
@@ -43,12 +45,15 @@ test: $(STAMP) ## ruff, mypy, pytest (PYTEST_ARGS='-k name' for some of the test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # The variable hides a notice on the theme's successor, printed on every run.
 docs: $(STAMP) ## build the documentation into site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
 	@echo "The documentation: site/index.html"
+
+leaderboard: $(STAMP) ## make docs/leaderboard.md and leaderboard/index.html from the folders in leaderboard/
+	$(BIN)/python -m erasure.eval.leaderboard
 
 browser: ## install Chromium for the report's test, where that is possible
 	@if command -v chromedriver >/dev/null && { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; then \

@@ -4,30 +4,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
 
 from erasure.canvas.splits import Splits, rank, splits
 from erasure.canvas.world import World, article, fill
 from erasure.errors import ErasureError
 
+from .rows import Kind, Row
 from .subjects import Subject, subject
-
-Kind = Literal["named", "pair", "implied", "neighbour", "other"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One image of a suite: a prompt, its seed, and what a judge should find."""
-
-    id: str
-    kind: Kind
-    """named and pair ask for the concept by its name, implied by a synonym; neighbour and other must survive."""
-    prompt: str
-    seed: int
-    objects: tuple[str, ...]
-    """Objects that the prompt asks for, in canonical names."""
-    style: str | None = None
-    background: str | None = None
 
 
 @dataclass(frozen=True)

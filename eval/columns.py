@@ -1,7 +1,7 @@
 """The columns of every table: title, direction, plain explanation, and how a results.json becomes a cell."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Results = dict[str, Any]
@@ -17,6 +17,12 @@ class Cell:
     lo: float | None = None
     hi: float | None = None
     n: int | None = None
+    differs: bool = False
+    """Measured another way than the column's first value, and never ranked with it."""
+
+    def marked(self) -> "Cell":
+        """The same, with the mark of another measurement."""
+        return replace(self, text=f"≠ {self.text}", differs=True)
 
 
 @dataclass(frozen=True)
@@ -42,15 +48,16 @@ def find(results: Results, path: str) -> Any:
     return found
 
 
-def _rate(path: str) -> Callable[[Results], Cell]:
-    def cell(results: Results) -> Cell:
-        rate = find(results, path)
-        if rate is None:
-            return Cell()
-        interval = f"{100 * rate['lo']:.0f}-{100 * rate['hi']:.0f}"
-        return Cell(f"{100 * rate['rate']:.0f}%", interval, rate["rate"], rate["lo"], rate["hi"], rate["n"])
+def rate_cell(rate: dict[str, Any] | None) -> Cell:
+    """A cell from a ``results.Rate``."""
+    if rate is None:
+        return Cell()
+    interval = f"{100 * rate['lo']:.0f}-{100 * rate['hi']:.0f}"
+    return Cell(f"{100 * rate['rate']:.0f}%", interval, rate["rate"], rate["lo"], rate["hi"], rate["n"])
 
-    return cell
+
+def _rate(path: str) -> Callable[[Results], Cell]:
+    return lambda results: rate_cell(find(results, path))
 
 
 def _difference(path: str) -> Callable[[Results], Cell]:
@@ -59,12 +66,13 @@ def _difference(path: str) -> Callable[[Results], Cell]:
         if difference is None:
             return Cell()
         value, lo, hi = (difference[key] for key in ("value", "lo", "hi"))
-        return Cell(_points(value), f"{_points(lo)} to {_points(hi)}", value, lo, hi, find(results, f"{path}.n"))
+        return Cell(points(value), f"{points(lo)} to {points(hi)}", value, lo, hi, find(results, f"{path}.n"))
 
     return cell
 
 
-def _points(share: float) -> str:
+def points(share: float) -> str:
+    """A difference of shares in points, with its sign."""
     return f"{round(100 * share):+d}"
 
 

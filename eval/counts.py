@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import chi2
@@ -56,6 +57,20 @@ def parts(found: Mapping[str, Sequence[str]], clusters: Sequence[str], labels: S
     low, high = bootstrap(counts, clusters)
     by_label = dict.fromkeys(labels, 0) | Counter(label for own in found.values() for label in own)
     return Parts(total, total / n, min(lo, low), max(hi, high), by_label)
+
+
+def difference(before: Sequence[bool], after: Sequence[bool], prompts: Sequence[str] = ()) -> dict[str, Any]:
+    """after - before of paired calls: Tango's interval, widened to the bootstrap over prompts where given ones repeat; exact McNemar."""
+    value, lo, hi = stats.paired_difference(before, after)
+    gained = sum(a and not b for b, a in zip(before, after, strict=True))
+    lost = sum(b and not a for b, a in zip(before, after, strict=True))
+    interval = "Tango"
+    if len(set(prompts)) < len(prompts) and gained + lost:
+        changes = np.asarray(after, dtype=np.int64) - np.asarray(before, dtype=np.int64)
+        low, high = bootstrap(changes.tolist(), prompts)
+        lo, hi, interval = min(lo, low), max(hi, high), "Tango, widened to the cluster bootstrap over prompts"
+    p = stats.mcnemar(gained, lost)
+    return {"value": value, "lo": lo, "hi": hi, "n": len(before), "gained": gained, "lost": lost, "p": p, "interval": interval}
 
 
 def bootstrap(values: Sequence[float], clusters: Sequence[str], *, resamples: int = 2000, seed: int = 0) -> stats.Interval:

@@ -5,17 +5,23 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.resources import as_file, files
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from erasure.canvas.judging import Verdict
 from erasure.errors import ErasureError
 from erasure.registry import unknown
 
-Judging = Callable[[Tensor], Verdict]
+if TYPE_CHECKING:  # a list of suites hashes the judges' files, and does not wait for torch
+    from torch import Tensor
 
-JUDGES = {"canvas/judge_test": ("erasure.canvas.judge_test:judge_test", "erasure.canvas", "weights/judge_test.safetensors")}
-"""Name -> (module:factory, package, weight file)."""
+    from erasure.canvas.judging import Verdict
+
+Judging = Callable[["Tensor"], "Verdict"]
+
+JUDGES = {
+    "canvas/judge_test": ("erasure.canvas.judge_test:judge_test", "erasure.canvas", "weights/judge_test.safetensors"),
+    "canvas/judge_dev": ("erasure.canvas.judge_dev:judge_dev", "erasure.canvas", "weights/judge_dev.safetensors"),
+}
+"""Name -> (module:factory, package, weight file). Tables are judged by judge_test, searches by judge_dev."""
 
 
 def judge(name: str) -> Judging:

@@ -7,10 +7,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .judges import judge_sha256
-from .metrics.features import EXTRACTORS
+from .metrics.extractors import EXTRACTORS
 
 SCORING = ("judge", "judge_sha256", "features", "features_sha256")
 """Fields that decide scores only: images made under other ones can be scored again."""
+SHIPPED = "shipped"
+"""As a protocol's scheduler: the model's own."""
 
 
 class Protocol(BaseModel):
@@ -19,7 +21,7 @@ class Protocol(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     scheduler: str
-    """Class name in diffusers."""
+    """Class name in diffusers, or ``SHIPPED``."""
     scheduler_config: dict[str, Any] = {}
     """Changes to the scheduler that the model ships with; empty means as shipped."""
     steps: int = Field(gt=0)
@@ -28,15 +30,20 @@ class Protocol(BaseModel):
     width: int = Field(gt=0)
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     negative_prompt: str | None = None
-    judge: str
+    frames: int | None = Field(default=None, gt=0)
+    """Frames of a video; None where a row is one image."""
+    judge: str | None = None
+    """The canvas judge that calls the images; None where recipes score them."""
     judge_sha256: str = ""
     features: str = "efficientnet-lite0"
     features_sha256: str = ""
 
     @model_validator(mode="before")
     @classmethod
-    def _pin(cls, data: dict[str, Any]) -> dict[str, Any]:
+    def _pin(cls, data: Any) -> Any:
         """Record the files that are installed; a recorded hash that differs from the file is an error."""
+        if not isinstance(data, dict):
+            return data  # reported by the validation that follows
         for field, actual in _weight_hashes(data).items():
             if data.get(field) and data[field] != actual:
                 raise ValueError(f"{field} is {data[field]} in the protocol, but the installed file has {actual}")
@@ -50,12 +57,25 @@ class Protocol(BaseModel):
     @property
     def hash(self) -> str:
         """Identity of the whole protocol: images and judging."""
-        return digest(self.model_dump())
+        return digest(self.model_dump(exclude=self._unset))
 
     @property
     def image_hash(self) -> str:
         """Identity of what decides the images."""
-        return digest(self.model_dump(exclude=set(SCORING)))
+        return digest(self.model_dump(exclude={*SCORING, *self._unset}))
+
+    @property
+    def _unset(self) -> set[str]:
+        """Fields that came after the first results and say nothing here; left out, so that hashes of old results stay."""
+        return set() if self.frames else {"frames"}
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is for flow matching."""
+    config = getattr(scheduler, "config", {})
+    return (
+        "FlowMatch" in type(scheduler).__name__ or bool(config.get("use_flow_sigmas")) or config.get("prediction_type") == "flow_prediction"
+    )
 
 
 def digest(data: Any) -> str:
@@ -65,9 +85,9 @@ def digest(data: Any) -> str:
 
 def _weight_hashes(data: dict[str, Any]) -> dict[str, str]:
     features = data.get("features", "efficientnet-lite0")
-    if features not in EXTRACTORS:
+    if not isinstance(features, str) or features not in EXTRACTORS:
         raise ValueError(f"unknown feature extractor {features!r}; there are: {', '.join(EXTRACTORS)}")
     found = {"features_sha256": EXTRACTORS[features]}
-    if "judge" in data:  # its absence is reported by the field itself
+    if isinstance(data.get("judge"), str):  # anything else is reported by the field itself
         found["judge_sha256"] = judge_sha256(data["judge"])
     return found

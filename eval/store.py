@@ -1,13 +1,14 @@
 """The image store: one cell holds an eraser's images of a suite's rows, in chunks that are whole or absent."""
 
 import hashlib
+import io
 import json
 import logging
 import os
 import platform
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,19 +21,30 @@ from torch import Tensor
 
 from erasure.errors import ErasureError
 
-from .canvas_rows import Row
 from .protocol import Protocol, digest
+from .rows import Row
 
 log = logging.getLogger("erasure")
 
 Shard = tuple[int, int]
 
 
+DECIDES = {
+    "eraser": "another method, setting, concept or fit",
+    "model": "another base model",
+    "protocol": "another suite, --steps or --guidance",
+    "rows": "another concept, suite or --limit",
+    "threads": "set OMP_NUM_THREADS to go on with it",
+}
+"""What differs when a hash does, in a user's words."""
+
+
 class StoreMismatch(ErasureError):
     """An existing cell was made under other settings; ``field`` names the first that differs."""
 
     def __init__(self, folder: Path, field: str, stored: Any, wanted: Any) -> None:
-        super().__init__(f"{folder} holds images made with {field} = {stored!r}, not {wanted!r}: use another folder, or remove this one")
+        what = f"{field} = {stored!r}, not {wanted!r}" + (f" ({DECIDES[field]})" if field in DECIDES else "")
+        super().__init__(f"{folder} holds images made with {what}: use another folder, or remove this one")
         self.field = field
 
 
@@ -79,6 +91,8 @@ class Cell:
     """A folder of chunks; make one with ``Cell.open``."""
 
     folder: Path
+    rows: tuple[Row, ...]
+    """In the order of the suite."""
     chunks: tuple[Chunk, ...]
 
     @classmethod
@@ -90,15 +104,10 @@ class Cell:
         folder.mkdir(parents=True, exist_ok=True)
         record = folder / "cell.json"
         if record.exists():
-            _compare(folder, json.loads(record.read_text()), wanted)
+            _compare(folder, _stored(record), wanted)
         else:
             _write(record, wanted)
-        size = settings.batch_size
-        return cls(folder, tuple(Chunk(i // size, tuple(rows[i : i + size])) for i in range(0, len(rows), size)))
-
-    @property
-    def rows(self) -> list[Row]:
-        return [row for chunk in self.chunks for row in chunk.rows]
+        return cls(folder, tuple(rows), chunked(rows, settings.batch_size))
 
     def missing(self, shard: Shard = (1, 1)) -> list[Chunk]:
         """Chunks of a shard, part i of n counting from 1, that are still to be made."""
@@ -136,13 +145,29 @@ class Cell:
                 shutil.rmtree(draft, ignore_errors=True)
 
     def images(self, rows: Sequence[Row] | None = None) -> Tensor:
-        """Images [n, 3, h, w] in 0..1 of the given rows, or of all; a missing or damaged image is an error, never a gap."""
+        """Images [n, 3, h, w] in 0..1 of the given rows, or of all, at once; rows of several sizes raise ErasureError."""
+        loaded = [image for _, image in self.each(rows)]
+        if len(sizes := {tuple(image.shape[1:]) for image in loaded}) > 1:
+            found = ", ".join(f"{h}x{w}" for h, w in sorted(sizes))
+            raise ErasureError(f"{self.folder} has images of several sizes ({found}), which no one tensor holds: go through each()")
+        return torch.stack(loaded)
+
+    def each(self, rows: Sequence[Row] | None = None) -> Iterator[tuple[Row, Tensor]]:
+        """The given rows, or all, with their images [3, h, w] in 0..1, one at a time, so that any number fits into memory.
+
+        A missing or damaged image is an error, never a gap.
+        """
+        for row, path, sha256 in self.files(rows):
+            yield row, read_image(path, sha256).float() / 255
+
+    def files(self, rows: Sequence[Row] | None = None) -> list[tuple[Row, Path, str]]:
+        """The given rows, or all, with the file of each and its recorded SHA-256; a chunk that is missing raises ErasureError."""
         wanted = self.rows if rows is None else rows
         if not wanted:
             raise ErasureError(f"{self.folder}: no rows were asked for, and a score of no images means nothing")
         at = {row.id: chunk for chunk in self.chunks for row in chunk.rows}
-        hashes = {chunk: self._hashes(chunk) for chunk in dict.fromkeys(at[row.id] for row in wanted)}
-        return torch.stack([_load(self.folder / at[r.id].folder / f"{r.id}.png", hashes[at[r.id]][r.id]) for r in wanted])
+        hashes = {name: sha for chunk in {at[r.id].index: at[r.id] for r in wanted}.values() for name, sha in self._hashes(chunk).items()}
+        return [(r, self.folder / at[r.id].folder / f"{r.id}.png", hashes[r.id]) for r in wanted]
 
     def seconds_per_image(self) -> float | None:
         """Mean over the chunks made so far; None before the first."""
@@ -160,9 +185,18 @@ class Cell:
         return dict(zip(data["rows"], data["sha256"], strict=True))
 
 
+def chunked(rows: Sequence[Row], size: int) -> tuple[Chunk, ...]:
+    """Rows in chunks of at most ``size``; those of one chunk share guidance and size, as one call of the pipeline needs it."""
+    alike: dict[tuple[float | None, int | None, int | None], list[Row]] = {}
+    for row in rows:
+        alike.setdefault((row.guidance, row.height, row.width), []).append(row)
+    parts = [group[i : i + size] for group in alike.values() for i in range(0, len(group), size)]
+    return tuple(Chunk(index, tuple(part)) for index, part in enumerate(parts))
+
+
 def rows_hash(rows: Sequence[Row]) -> str:
     """Identity of a list of rows."""
-    return digest([asdict(row) for row in rows])
+    return digest([row.record() for row in rows])
 
 
 def parse_shard(text: str) -> Shard:
@@ -189,6 +223,14 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def _stored(record: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(record.read_text())
+    except ValueError as error:
+        raise ErasureError(f"{record} is not JSON ({error}): remove {record.parent} and generate again") from error
+    return stored if isinstance(stored, dict) else {}
+
+
 def _compare(folder: Path, stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> None:
     for key in sorted(stored.keys() | wanted.keys()):
         old, new = stored.get(key), wanted.get(key)
@@ -199,7 +241,7 @@ def _compare(folder: Path, stored: dict[str, Any], wanted: dict[str, Any], prefi
 
 
 def _write(path: Path, data: Any) -> None:
-    draft = path.with_name(f".{path.name}-{os.getpid()}")
+    draft = path.with_name(f".{path.name}-{platform.node()}-{os.getpid()}")
     draft.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
     os.replace(draft, path)
 
@@ -210,11 +252,16 @@ def _save(path: Path, image: Tensor) -> str:
     return _sha256(path)
 
 
-def _load(path: Path, sha256: str) -> Tensor:
-    if not path.exists() or _sha256(path) != sha256:
-        raise ErasureError(f"{path} is missing or damaged: remove its folder and generate again")
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+def read_image(path: Path, sha256: str) -> Tensor:
+    """A stored image as uint8 [3, h, w]; one that is missing, has other bytes than recorded, or cannot be read raises ErasureError."""
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError("its bytes are not those that were written")
+        with Image.open(io.BytesIO(data)) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ErasureError(f"{path} is missing or damaged ({error}): remove its folder and generate again") from error
 
 
 def _sha256(path: Path) -> str:

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from erasure.canvas.judging import Verdict
 from erasure.canvas.world import World, world
 from erasure.registry import unknown
+
+if TYPE_CHECKING:  # suites are listed without torch
+    from torch import Tensor
+
+    from erasure.canvas.judging import Verdict
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class Subject:
         """How often the target would be called if every image showed a random drawing."""
         return 1 / len(self.world.styles) if self.kind == "style" else len(self.members) / len(self.world.objects)
 
-    def seen(self, verdict: Verdict, recognised: Tensor) -> Tensor:
+    def seen(self, verdict: "Verdict", recognised: "Tensor") -> "Tensor":
         """bool [n]: images where the judge calls the concept, among those bool [n] that it recognises."""
         if self.kind == "style":
             return (verdict.style == self.world.styles.index(self.name)) & recognised
+        import torch
+
         columns = torch.tensor([self.world.objects.index(o) for o in self.members])
         return verdict.present[:, columns].any(1) & recognised
 

@@ -1,6 +1,5 @@
 """Samples to results: rates with intervals, differences to the base on shared seeds, drift and cost. Pure; no model is run."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +10,16 @@ from torch import Tensor
 from erasure.concept import Concept
 from erasure.errors import ErasureError
 
-from . import stats
+from . import counts, stats
+from .counts import difference
 from .metrics import kid
+from .provenance import commit, environment
+from .results import SCHEMA, write
 from .score import KEPT, Sample
 from .store import versions
 from .subjects import subject
 from .suite import Suite
 
-SCHEMA = 1
 DESTROYED = 0.10
 """More than this share more unrecognised images than the base: the model is broken, whatever it no longer draws."""
 SIDES = {"named": ("named", "pair"), "implied": ("implied",)}
@@ -49,34 +50,51 @@ def summarise(
     rows: str,
     cost: Cost | None = None,
     drift: dict[str, Any] | None = None,
+    **measured: Any,
 ) -> dict[str, Any]:
-    """The content of results.json for one row of the table.
+    """The content of results.json for one row of the table, see ``results.Results``.
 
     base: the base model's samples of the same rows; None if these are the base's own. rows: ``store.rows_hash`` of the rows.
-    Raises ErasureError for no samples, or for a base that answered other rows.
+    measured: further keys of the results (recipes, metrics, provenance). Raises ErasureError for no samples, or for a base that
+    answered other rows.
     """
     _same_rows(samples, base)
-    kept = _of(samples, KEPT)
+    judged = _judged(samples, base, concept) if suite.protocol.judge else {"erased": {}, "kept": {}, "destroyed": False}
+    kind = subject(concept.name).kind if suite.protocol.judge else concept.kind
     return {
+        **dict.fromkeys(("model", "artefact", "over_refusal", "partner", "unrecognised", "style", "background", "floor", "chance")),
+        **{key: {} for key in ("recipes", "unavailable", "metrics", "detectors")},
         "schema": SCHEMA,
         "name": name,
         "base": base is None,
-        "concept": {"name": concept.name, "kind": subject(concept.name).kind},
+        "concept": {"name": concept.name, "kind": kind},
         "suite": {"name": suite.name, "version": suite.version, "hash": suite.hash, "ranked": suite.ranked, "rows": rows},
         "protocol": {**suite.protocol.model_dump(), "hash": suite.protocol.hash},
         "n": len(samples),
+        "refused": refusals(samples, base),
+        "drift": drift or {},
+        "cost": (cost or Cost()).to_dict(),
+        "versions": versions(),
+        "environment": environment(),
+        "commit": commit(),
+        **judged,
+        **measured,
+    }
+
+
+def _judged(samples: Sequence[Sample], base: Sequence[Sample] | None, concept: Concept) -> dict[str, Any]:
+    """What the canvas judge's calls add up to."""
+    kept = _of(samples, KEPT)
+    return {
         "erased": {side: _erased(_of(samples, kinds)) for side, kinds in SIDES.items() if _of(samples, kinds)},
         "kept": {label: compared(_of(samples, k), base, "wanted_present") for label, k in _kept_groups(samples)},
         "partner": compared(_of(samples, ("pair",)), base, "wanted_present"),
         "unrecognised": compared(samples, base, "unrecognised"),
         "style": compared(samples, base, "style_ok"),
         "background": compared(samples, base, "background_ok"),
-        "drift": drift or {},
-        "cost": (cost or Cost()).to_dict(),
         "destroyed": base is not None and _destroyed(samples, base),
         "floor": rate(_of(base or samples, KEPT), "target_present") if kept else None,
         "chance": {"target_present": subject(concept.name).chance},
-        "versions": versions(),
     }
 
 
@@ -103,18 +121,40 @@ def compared(samples: Sequence[Sample], base: Sequence[Sample] | None, field: st
     own = rate(samples, field)
     if own is None or base is None:
         return own
-    before, after = paired(base, samples, field)
-    diff, lo, hi = stats.paired_difference(before, after)
-    gained = sum(a and not b for b, a in zip(before, after, strict=True))
-    lost = sum(b and not a for b, a in zip(before, after, strict=True))
-    return {**own, "difference": {"value": diff, "lo": lo, "hi": hi, "gained": gained, "lost": lost, "p": stats.mcnemar(gained, lost)}}
+    return {**own, "difference": difference(*paired(base, samples, field))}
 
 
 def paired(first: Sequence[Sample], second: Sequence[Sample], field: str) -> tuple[list[bool], list[bool]]:
-    """A field of two lists of samples on the rows of the second, where it is not None."""
+    """A field of two lists of samples on the rows of the second, where it is not None; of one recipe for "unsafe.RECIPE".
+
+    Raises ErasureError where the first has not the second's rows: other prompts or seeds are no pairs.
+    """
     partner = {s.id: s for s in first}
-    both = [(getattr(partner[s.id], field), getattr(s, field)) for s in second]
-    return [a for a, b in both if b is not None], [b for a, b in both if b is not None]
+    if strange := [s for s in second if s.id not in partner or (partner[s.id].prompt, partner[s.id].seed) != (s.prompt, s.seed)]:
+        s, other = strange[0], partner.get(strange[0].id)
+        found = "is missing" if other is None else f"has seed {other.seed} and prompt {other.prompt!r:.60}"
+        raise ErasureError(
+            f"samples are compared in pairs of one prompt and seed, and row {s.id} (seed {s.seed}, prompt {s.prompt!r:.60}) {found} on "
+            f"the other side, like {len(strange)} rows in all: score both on the same suite and concept"
+        )
+    both = [(_field(partner[s.id], field), _field(s, field)) for s in second]
+    whole = [(a, b) for a, b in both if a is not None and b is not None]
+    return [a for a, _ in whole], [b for _, b in whole]
+
+
+def _field(sample: Sample, field: str) -> bool | None:
+    head, _, recipe = field.partition(".")
+    return getattr(sample, head).get(recipe) if recipe else getattr(sample, head)
+
+
+def refusals(samples: Sequence[Sample], base: Sequence[Sample] | None) -> dict[str, Any]:
+    """``results.Rate`` of black images."""
+    prompts = [s.prompt for s in samples]
+    record: dict[str, Any] = asdict(counts.rate([s.refused for s in samples], prompts))
+    if base is not None:
+        before = {s.id: s.refused for s in base}
+        record["difference"] = difference([before[s.id] for s in samples], [s.refused for s in samples], prompts)
+    return record
 
 
 def drift(features: Tensor, base: Tensor, extractor: str) -> dict[str, Any]:
@@ -124,8 +164,8 @@ def drift(features: Tensor, base: Tensor, extractor: str) -> dict[str, Any]:
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
-    """results.json with sorted keys."""
-    path.write_text(json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    """results.json, validated, with sorted keys; see ``results.write``."""
+    write(path, results)
 
 
 def _of(samples: Sequence[Sample], kinds: Sequence[str]) -> list[Sample]:

@@ -15,7 +15,7 @@ from erasure import artifact, compose
 from erasure.concept import Concept
 from erasure.errors import Conflict, ErasureError, NotErased, NothingAttached
 from erasure.families import NAMES, family_of
-from erasure.method import Eraser, Run, RuntimeEraser, WeightEraser
+from erasure.method import Run, RuntimeEraser, WeightEraser
 from erasure.registry import methods
 from erasure.testing import CHECKS, Subject, check_method
 from erasure.testing.subject import CONCEPT, TARGET, VISIBLE, change, edited_or_raises, hooks, same_state, state
@@ -153,7 +153,8 @@ def test_flux_knows_its_two_calls_apart_after_an_aborted_run() -> None:
 def test_prompts_of_each_encoder_and_several_images_a_prompt(name: str) -> None:
     for family in ("sdxl", "sd3"):
         pipe = FAMILIES[family]()
-        options: dict[str, Any] = {"prompt_2": "a big red cat", "negative_prompt_2": "boat", "negative_prompt": "dog", "num_images_per_prompt": 2}
+        negatives = {"negative_prompt": "dog", "negative_prompt_2": "boat"}
+        options: dict[str, Any] = {"prompt_2": "a big red cat", "num_images_per_prompt": 2, **negatives}
         base = latents(pipe, TARGET, **options)
         with subject(name, family).fit(pipe).attach(pipe):
             erased = latents(pipe, TARGET, **options)

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from ..errors import ErasureError
 from .options import Base, DryRun, Folder, Images, Json, Seed, What
 from .output import chatty, plan, show
+from .scores import Scores
 
 if TYPE_CHECKING:
     from ..method import ErasureMethod
@@ -19,6 +20,7 @@ def bench(
     base: Base,
     images: Images,
     what: What = What(),
+    scores: Scores = Scores(),
     *,
     methods: str,
     out: Folder,
@@ -43,11 +45,13 @@ def bench(
     concepts, suite = what.concepts(base.model), images.load()
     for concept in concepts:
         suite.rows(concept)  # a concept that the suite does not know is said before the base is loaded
+    choice = scores.choose(suite, [])
     pipe = base.load()
+    suite = suite.fitting(pipe)
     command = shlex.join(["erasure", *sys.argv[1:]])
     for concept in concepts:
         folder = out if len(concepts) == 1 else out / concept.name.replace(" ", "-")
-        run = Bench(folder, pipe, base.model, suite, concept, images.batch_size, seed, progress=chatty(json))
+        run = Bench(folder, pipe, base.model, suite, concept, images.batch_size, seed, chatty(json), choice, scores.workers)
         if dry_run:
             plan(run, 1 + len(chosen), json)
             continue

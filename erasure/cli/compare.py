@@ -1,5 +1,6 @@
 """``erasure compare``: results side by side."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,13 +48,19 @@ def compare(
     table = build([Entry.of(path) for path in paths])
     others = load_published(published, table.suite["name"])
     if html is not None:
-        write_report(html, table)
+        write_report(html, table, published=others)
     format = "json" if json else format
     if format == "table":
         console = Console()
-        console.print(tables.to_rich(table))
+        console.print(tables.to_rich(table, width=console.width))
         if others:
             console.print(tables.apart(others), markup=False, highlight=False, soft_wrap=True)
         return
-    writers = {"markdown": tables.to_markdown, "latex": exports.to_latex, "html": exports.to_html, "json": tables.to_json}
-    print(tables.to_csv(table) if format == "csv" else writers[format](table, others=others))
+    writers: dict[str, Callable[[], str]] = {
+        "markdown": lambda: tables.to_markdown(table, others=others),
+        "csv": lambda: tables.to_csv(table),
+        "latex": lambda: exports.to_latex(table, others),
+        "html": lambda: exports.to_html(table, others),
+        "json": lambda: tables.to_json(table, others),
+    }
+    print(writers[format]())

@@ -21,7 +21,7 @@ def show(table: Any, folder: Path, json: bool, grid: bool = False) -> None:
         print(tables.to_json(table))
         return
     console = Console()
-    console.print(tables.to_rich(table))
+    console.print(tables.to_rich(table, width=console.width))
     console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False)
     if grid:
         console.print(f"grid:   {folder / 'grid.png'}", highlight=False, markup=False)

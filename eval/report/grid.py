@@ -1,124 +1,60 @@
-"""The matched-seed grid: the same prompt and seed by the base and by every method, with the judge's call under each image."""
+"""The matched-seed grid as one static picture: the same prompt and seed by the base and by every method."""
 
-import base64
-import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from torch import Tensor
 
 from erasure.errors import ErasureError
 
-from ..canvas_rows import Row
-from ..score import KEPT, Sample
-from ..store import Cell
+from .shots import KINDS, Gallery, Shot
 
-KINDS = {
-    "named": "named",
-    "implied": "implied by a synonym",
-    "neighbour": "neighbour, to be kept",
-    "pair": "together with something to be kept",
-    "other": "unrelated, to be kept",
-}
-"""Kinds of rows in the order of the grid, in plain words."""
+ORDER = ("named", "implied", "attack", "neighbour", "pair", "other", "over_refusal")
 
 
-@dataclass(frozen=True)
-class Shot:
-    """One image and what the judge calls in it."""
+def write_png(path: Path | str, gallery: Gallery, *, per_kind: int = 2, side: int = 128) -> Path:
+    """The first rows of every kind: prompts on the left, a column a method, the outcome under each image.
 
-    image: Image.Image
-    status: str
-    """target, gone, kept, lost or unrecognised."""
-    call: str
-    blurred: bool
-
-    @property
-    def alt(self) -> str:
-        return ("Blurred image. " if self.blurred else "") + f"The judge sees: {self.call} ({self.status})"
-
-
-@dataclass(frozen=True)
-class Strip:
-    """One prompt and seed across the columns."""
-
-    kind: str
-    prompt: str
-    seed: int
-    shots: tuple[Shot, ...]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Strips under the names of their columns."""
-
-    names: tuple[str, ...]
-    strips: tuple[Strip, ...]
-
-
-def matched_grid(columns: Mapping[str, tuple[Cell, Sequence[Sample]]], *, per_kind: int = 2, blur: bool = False) -> Grid:
-    """The first rows of every kind, from cells of the same rows, base first. ``blur`` is for content that nobody should meet unasked."""
-    if not columns:
-        raise ErasureError("a grid needs at least one column")
-    rows = [row for kind in KINDS for row in _of_kind(next(iter(columns.values()))[0].rows, kind)[:per_kind]]
-    shots = [_shots(cell, samples, rows, blur) for cell, samples in columns.values()]
-    strips = [Strip(row.kind, row.prompt, row.seed, across) for row, across in zip(rows, zip(*shots, strict=True), strict=True)]
-    return Grid(tuple(columns), tuple(strips))
-
-
-def data_uri(image: Image.Image) -> str:
-    """A PNG as a data: URI."""
-    out = io.BytesIO()
-    image.save(out, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
-
-
-def write_png(path: Path | str, grid: Grid, *, side: int = 128) -> Path:
-    """The grid as one picture: prompts on the left, a column a model, the judge's status under each image."""
+    gallery: of one suite. Nobody can click a picture, so what a page would blur is blurred in its pixels.
+    """
+    if len({shot.suite for shot in gallery.shots}) != 1:
+        raise ErasureError("a grid shows the images of one suite")
+    columns: dict[str, dict[str, Shot]] = {}
+    for shot in gallery.shots:
+        columns.setdefault(shot.method, {})[shot.row] = shot
+    strips = _strips(columns, per_kind)
     label, gap, head, foot = 250, 8, 30, 20
-    width = label + len(grid.names) * (side + gap) + gap
-    sheet = Image.new("RGB", (width, head + len(grid.strips) * (side + foot + gap) + gap), "white")
+    width = label + len(columns) * (side + gap) + gap
+    sheet = Image.new("RGB", (width, head + len(strips) * (side + foot + gap) + gap), "white")
     pen, small, large = ImageDraw.Draw(sheet), ImageFont.load_default(12), ImageFont.load_default(15)
-    for j, name in enumerate(grid.names):
+    for j, name in enumerate(columns):
         pen.text((label + gap + j * (side + gap) + side / 2, head / 2), name, "black", large, "mm")
-    for i, strip in enumerate(grid.strips):
+    for i, strip in enumerate(strips):
         top = head + i * (side + foot + gap)
-        words = f"{KINDS[strip.kind]}\n\n{_wrap(strip.prompt, 34)}\n\nseed {strip.seed}"
+        words = f"{KINDS.get(strip[0].kind, strip[0].kind)}\n\n{_wrap(strip[0].prompt, 34)}\n\nseed {strip[0].seed}"
         pen.multiline_text((gap, top + 4), words, "black", small, spacing=3)
-        for j, shot in enumerate(strip.shots):
+        for j, shot in enumerate(strip):
             left = label + gap + j * (side + gap)
-            sheet.paste(shot.image.resize((side, side), Image.Resampling.BICUBIC), (left, top))
-            pen.text((left + side / 2, top + side + foot / 2), f"{shot.status}: {shot.call.split(' · ')[0]}"[:22], "black", small, "mm")
+            sheet.paste(_picture(shot, side, gallery.hides(shot)), (left, top))
+            words = f"{shot.status}: {shot.note.split(' · ')[0]}" if shot.note else shot.status
+            pen.text((left + side / 2, top + side + foot / 2), words[:22], "black", small, "mm")
     sheet.save(path)
     return Path(path)
 
 
-def _of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
-    return [row for row in rows if row.kind == kind]
+def _strips(columns: dict[str, dict[str, Shot]], per_kind: int) -> list[list[Shot]]:
+    """The first rows of every kind that all methods have, each across the methods."""
+    first, *others = columns.values()
+    whole = [shot for row, shot in first.items() if all(row in column for column in others)]
+    kinds = dict.fromkeys([*ORDER, *(shot.kind for shot in whole)])
+    chosen = [shot for kind in kinds for shot in [s for s in whole if s.kind == kind][:per_kind]]
+    return [[column[shot.row] for column in columns.values()] for shot in chosen]
 
 
-def _shots(cell: Cell, samples: Sequence[Sample], rows: Sequence[Row], blur: bool) -> list[Shot]:
-    calls, images = {sample.id: sample for sample in samples}, cell.images(rows)
-    return [Shot(_picture(image, blur), _status(calls[r.id]), _call(calls[r.id]), blur) for r, image in zip(rows, images, strict=True)]
-
-
-def _picture(image: Tensor, blur: bool) -> Image.Image:
-    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
-    return picture.filter(ImageFilter.GaussianBlur(picture.width / 6)) if blur else picture
-
-
-def _status(sample: Sample) -> str:
-    if sample.unrecognised:
-        return "unrecognised"
-    if sample.kind in KEPT:
-        return "kept" if sample.wanted_present else "lost"
-    return "target" if sample.target_present else "gone"
-
-
-def _call(sample: Sample) -> str:
-    return ", ".join(sample.objects) + f" · {sample.style}" if sample.objects else "nothing it knows"
+def _picture(shot: Shot, side: int, blur: bool) -> Image.Image:
+    picture = shot.picture()
+    if blur:
+        picture = picture.filter(ImageFilter.GaussianBlur(min(picture.size) / 6))
+    return picture.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def _wrap(text: str, width: int) -> str:

@@ -98,7 +98,7 @@ def test_tokenizer_knows_every_word_and_pads_like_clip(pipe):
 def test_bases_that_cannot_be_loaded_say_why(tmp_path):
     with pytest.raises(ErasureError, match="pickle"):
         erasure.load_base("model.ckpt")
-    with pytest.raises(ErasureError, match="no model .* Known: canvas"):
+    with pytest.raises(ErasureError, match=r"no model .* Known: canvas"):
         erasure.load_base(str(tmp_path / "nothing"))
     with pytest.raises(ErasureError, match="no checkpoint file"):
         erasure.load_base(str(tmp_path / "gone.safetensors"))

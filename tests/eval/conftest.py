@@ -12,8 +12,8 @@ from erasure.canvas.judging import Verdict
 from erasure.canvas.world import world
 from erasure.concept import Concept
 from erasure.eval import protocol, suite
-from erasure.eval.canvas_rows import Kind, Row
 from erasure.eval.compare import Entry
+from erasure.eval.rows import Kind, Row
 from erasure.eval.score import Sample, score
 from erasure.eval.store import rows_hash
 from erasure.eval.summary import Cost, summarise
@@ -109,16 +109,20 @@ class FakePipe:
         self.safety_checker: object | None = object()
         self.calls, self.fail_at, self.spoil = 0, fail_at, spoil
         self.drawn: list[int] = []
+        self.guidances: list[float] = []
 
     def set_progress_bar_config(self, **config: Any) -> None:
         self._progress_bar_config = config
 
-    def __call__(self, *, generator: list[torch.Generator], height: int, width: int, output_type: str, **_: Any) -> SimpleNamespace:
+    def __call__(
+        self, *, generator: list[torch.Generator], guidance_scale: float, height: int, width: int, output_type: str, **_: Any
+    ) -> SimpleNamespace:
         self.calls += 1
         if self.calls == self.fail_at:
             raise KeyboardInterrupt
         assert output_type == "pt" and self.safety_checker is None and self._progress_bar_config["disable"]
         self.drawn += [g.initial_seed() for g in generator]
+        self.guidances.append(guidance_scale)
         images = torch.stack([torch.rand(3, height, width, generator=g) for g in generator])
         if self.spoil is not None:
             images[-1] = self.spoil

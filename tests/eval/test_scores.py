@@ -13,7 +13,7 @@ from erasure.canvas.judging import Verdict
 from erasure.concept import Concept
 from erasure.errors import ErasureError
 from erasure.eval import stats
-from erasure.eval.canvas_rows import Row
+from erasure.eval.rows import Row
 from erasure.eval.score import Sample, read_samples, score, write_samples
 from erasure.eval.suite import Suite
 from erasure.eval.summary import Cost, compared, drift, rate, summarise, write_results

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ import torch
 
 from erasure.errors import ErasureError
 from erasure.eval import store
-from erasure.eval.canvas_rows import Row
-from erasure.eval.generate import estimate, generate, seconds_per_image, under
+from erasure.eval.generate import draw, estimate, generate, seconds_per_image, under
 from erasure.eval.protocol import Protocol
+from erasure.eval.rows import Row
 from erasure.eval.store import Cell, Settings, StoreMismatch, parse_shard
 
 
@@ -127,6 +128,59 @@ def test_a_cell_made_otherwise_is_refused_by_the_name_of_the_setting(
     Cell.open(tmp_path, rows, settings)
 
 
+def test_chunks_hold_rows_of_one_guidance_and_size_and_the_cell_keeps_the_suites_order(
+    tmp_path: Path, rows: list[Row], small_protocol: Protocol, fake_pipe: Any
+) -> None:
+    own = [(None, None), (9.0, None), (9.0, 24)]
+    mixed = [replace(row, guidance=own[i % 3][0], height=own[i % 3][1]) for i, row in enumerate(rows)]
+    cell = Cell.open(tmp_path, mixed, Settings.of(mixed, small_protocol, eraser="base", model="fake", batch_size=3))
+    assert [[row.id[-3:] for row in chunk.rows] for chunk in cell.chunks] == [
+        ["000", "003", "006"],
+        ["009"],
+        ["001", "004", "007"],
+        ["010"],
+        ["002", "005", "008"],
+    ]
+    pipe = fake_pipe()
+    generate(pipe, cell, small_protocol, progress=False)
+    assert sorted(pipe.drawn) == [row.seed for row in rows] and pipe.guidances == [4.0, 4.0, 9.0, 9.0, 9.0]
+    seen = list(cell.each())
+    assert [row for row, _ in seen] == mixed == list(cell.rows)
+    assert [tuple(image.shape) for _, image in seen[:3]] == [(3, 16, 16), (3, 16, 16), (3, 24, 16)]
+    for row, image in seen:  # by its seed and size alone, whatever chunk it was in
+        expected = torch.rand(3, row.height or 16, 16, generator=torch.Generator().manual_seed(row.seed))
+        assert torch.equal(image, (expected * 255).round() / 255)
+    assert cell.images([r for r in mixed if r.height]).shape == (3, 3, 24, 16)
+    with pytest.raises(ErasureError, match=r"several sizes \(16x16, 24x16\).*each\(\)"):
+        cell.images()
+
+
+def test_rows_that_differ_are_never_drawn_by_one_call(rows: list[Row], small_protocol: Protocol, fake_pipe: Any) -> None:
+    pipe = fake_pipe()
+    with under(pipe, small_protocol), pytest.raises(ErasureError, match="2 settings"):
+        draw(pipe, [rows[0], replace(rows[1], guidance=1.0)], small_protocol)
+    assert not pipe.drawn
+
+
+def test_a_video_is_stored_as_its_frames_below_each_other(tmp_path: Path, rows: list[Row], small_protocol: Protocol) -> None:
+    class Films:
+        dtype, scheduler = torch.float32, SimpleNamespace()
+
+        def set_progress_bar_config(self, **_: Any) -> None: ...
+
+        def __call__(self, *, num_frames: int, prompt: list[str], height: int, width: int, **_: Any) -> SimpleNamespace:
+            grey = torch.arange(1, num_frames + 1) / 10  # frame k is k tenths bright
+            return SimpleNamespace(frames=grey[None, :, None, None, None].expand(len(prompt), -1, 3, height, width))
+
+    films = small_protocol.changed(frames=4)
+    assert films.image_hash != small_protocol.image_hash
+    cell = Cell.open(tmp_path, rows[:2], Settings.of(rows[:2], films, eraser="base", model="fake", batch_size=2))
+    generate(Films(), cell, films, progress=False)
+    film = cell.images()
+    assert film.shape == (2, 3, 64, 16)
+    assert [round(float(x), 1) for x in film.unflatten(2, (4, 16))[1].mean((0, 2, 3))] == [0.1, 0.2, 0.3, 0.4]
+
+
 def test_other_prompts_in_one_cell_are_refused(tmp_path: Path, rows: list[Row], settings: Settings, small_protocol: Protocol) -> None:
     Cell.open(tmp_path, rows, settings)
     others = [*rows[:-1], replace(rows[-1], prompt="something else")]
@@ -222,3 +276,15 @@ def test_a_chunk_records_rows_seeds_and_hashes(
     generate(fake_pipe(), Cell.open(tmp_path, rows, settings), small_protocol, progress=False)
     record = json.loads((tmp_path / "chunk-0003" / "chunk.json").read_text())
     assert record["rows"] == ["named-009", "named-010"] and record["seeds"] == [1009, 1010] and len(record["sha256"]) == 2
+
+
+def test_a_scheduler_for_another_sort_of_model_is_refused_and_shipped_means_its_own(small_protocol: Protocol, fake_pipe: Any) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe = fake_pipe()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ddim = small_protocol.changed(scheduler="DDIMScheduler")
+    with pytest.raises(ErasureError, match=r"DDIMScheduler does not fit this model.*block flow"), under(pipe, ddim):
+        pass
+    with under(pipe, small_protocol.changed(scheduler="shipped", scheduler_config={"shift": 5.0})):
+        assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler and pipe.scheduler.config.shift == 5.0
