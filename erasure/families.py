@@ -1,7 +1,7 @@
 """One table with every difference between pipeline families that methods and seams may read."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -100,28 +100,19 @@ def _with_variants(name: str, *variants: str) -> tuple[str, ...]:
     return tuple(f"{name}{variant}Pipeline" for variant in ("", *variants))
 
 
-STABLE_DIFFUSION = _with_variants("StableDiffusion", "Img2Img", "Inpaint", "ControlNet")
+SD1 = Family(
+    name="sd1",
+    pipelines=_with_variants("StableDiffusion", "Img2Img", "Inpaint", "ControlNet"),
+    denoisers=("unet",),
+    inputs=UNET,
+    encoders=(Encoder(),),
+    returns=BOTH,
+    text_layers=CROSS_ATTENTION,
+)
 
 TABLE = (
-    Family(
-        name="sd2",
-        pipelines=STABLE_DIFFUSION,
-        mark=("unet", "use_linear_projection", True),
-        denoisers=("unet",),
-        inputs=UNET,
-        encoders=(Encoder(),),
-        returns=BOTH,
-        text_layers=CROSS_ATTENTION,
-    ),
-    Family(
-        name="sd1",
-        pipelines=STABLE_DIFFUSION,
-        denoisers=("unet",),
-        inputs=UNET,
-        encoders=(Encoder(),),
-        returns=BOTH,
-        text_layers=CROSS_ATTENTION,
-    ),
+    replace(SD1, name="sd2", mark=("unet", "use_linear_projection", True)),
+    SD1,
     Family(
         name="sdxl",
         pipelines=_with_variants("StableDiffusionXL", "Img2Img", "Inpaint", "ControlNet"),

@@ -1,5 +1,6 @@
 """The protocol of metrics on images: torchmetrics' update, compute, merge and reset, with records that intervals need."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -35,13 +36,13 @@ class ImageMetric(Metric):
     needs: frozenset[str] = frozenset()
     """Of "prompts" and "base": what updates must bring beside images and row ids."""
 
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """All that two numbers must share before they may be compared: options, model, hash of its weights, backend."""
-        raise NotImplementedError
 
+    @abstractmethod
     def result(self) -> dict[str, Any]:
         """A JSON-able record: name, value, lo and hi (None without an interval), n, interval, identity, warnings."""
-        raise NotImplementedError
 
     def checked(self, images: Tensor, rows: Sequence[Row], base: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The batch as uint8 on the metric's device; base is None unless the metric needs it."""
@@ -79,9 +80,9 @@ class SampleMetric(ImageMetric):
         for state in ("ids", "prompts", "values"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
+    @abstractmethod
     def measure(self, images: Tensor, rows: Sequence[Row], base: Tensor | None) -> Tensor:
         """Values [n, fields] of uint8 images [n, 3, h, w]."""
-        raise NotImplementedError
 
     def update(self, images: Tensor, rows: Sequence[Row], base: Tensor | None = None) -> None:
         own, reference = self.checked(images, rows, base)

@@ -1,6 +1,7 @@
 """Distances between sets of images as metrics: FID, KID, CMMD; each names features, reference and n with the number."""
 
 import logging
+from abc import abstractmethod
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -40,9 +41,9 @@ class Distance(ImageMetric):
         if other is not None:
             self.add("ref", self.extractor(other))
 
+    @abstractmethod
     def add(self, side: str, features: Tensor) -> None:
         """Take features [n, dim] of a side, "own" or "ref"."""
-        raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         origin = self.source if self.source == BASE else Path(self.source).name

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import cached_property
@@ -42,9 +43,9 @@ class PerceptualDistance(SampleMetric):
         return self.net.to(images.device)(as_unit(images), as_unit(base)).reshape(len(images), 1)
 
     @property
+    @abstractmethod
     def net(self) -> nn.Module:
         """A module on two batches of floats in 0..1."""
-        raise NotImplementedError
 
 
 class LPIPS(PerceptualDistance):

@@ -12,7 +12,7 @@ from erasure import artifact
 from erasure.concept import Concept
 from erasure.families import TABLE
 from erasure.method import ErasureMethod, Run, WeightEraser
-from tests.test_adapter import RandomLoRA
+from tests.stand_ins import RandomLoRA
 from tests.tiny import latents
 
 CONCEPT = Concept("dagger", anchors=("cat",))

@@ -21,7 +21,7 @@ from erasure.lora import LORA
 from erasure.registry import methods
 from tests import tiny
 from tests.export.common import KINDS, PROMPT, LowRank, near, same, save, state
-from tests.test_adapter import RandomLoRA
+from tests.stand_ins import RandomLoRA
 from tests.tiny import latents
 
 

@@ -17,7 +17,7 @@ from erasure.export import lora as lora_format
 from erasure.lora import LORA
 from tests import tiny
 from tests.export.common import CONCEPT, LowRank, nothing_left, save
-from tests.test_adapter import RandomLoRA
+from tests.stand_ins import RandomLoRA
 
 # what is refused, and that it leaves nothing
 
