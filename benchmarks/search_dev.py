@@ -52,6 +52,20 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"preset": "strong", "warmup": 0},
         {"preset": "medium", "warmup": 0},
     ],
+    "saeuron": [
+        {"percentile": 99.5, "factor": -4.0},
+        {"percentile": 99.5, "factor": -4.0, "branches": "text"},
+        {"percentile": 99.5, "factor": -2.0},
+        {"percentile": 99.5, "factor": -1.0},
+        {"percentile": 98.0, "factor": -2.0},
+        {"percentile": 98.0, "factor": -1.0},
+        {"percentile": 98.0, "factor": -1.0, "branches": "text"},
+        {"percentile": 98.0, "factor": 0.0},
+        {"percentile": 95.0, "factor": -1.0},
+        {"percentile": 95.0, "factor": 0.0},
+        {"percentile": 99.5, "factor": -1.0, "rule": "paper"},
+        {"percentile": 98.0, "factor": -2.0, "rule": "mean"},
+    ],
     "perp_neg": [{}, {"weight": 1.0}, {"weight": 4.0}, {"negatives": "each"}],
 }
 assert all(len(grid) <= 12 for grid in GRIDS.values())

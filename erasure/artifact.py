@@ -74,6 +74,7 @@ def _write(eraser: Eraser, partial: Path, pipe: Any, base_id: str, seed: int, co
         "environment": environment(),
         "cost": dict(cost or {}),
         "canary": canary.measure(pipe, eraser),
+        **({"details": details} if (details := eraser.details()) else {}),
     }
     (partial / CARD).write_text(model_card(config))
     config["files"] = {p.name: sha256(p) for p in sorted(partial.iterdir())}
@@ -152,7 +153,7 @@ def check(folder: str | Path, pipe: Any, *, always_canary: bool = False) -> tupl
     matches = f"matches; quantised and not compared: {', '.join(left_out)}" if left_out else "matches"
     report: dict[str, Any] = {"artefact": str(folder), "method": config["method"], "files": len(config["files"]), "fingerprint": matches}
     if isinstance(eraser, WeightEraser):
-        report["changed_tensors"] = fingerprint.count_changed(pipe, eraser.changed, str(folder))
+        report["changed_tensors"] = fingerprint.count_changed(pipe, eraser.values(pipe), str(folder))
     size = sum(p.numel() for _, denoiser in eraser.method.family(pipe).parts(pipe) for p in denoiser.parameters())
     if always_canary or size < CANARY_AT_LOAD:
         report["canary"] = canary.check(pipe, eraser, config["canary"], str(folder), quantised=bool(left_out))

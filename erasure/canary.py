@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .diffusion import prediction_of
 from .errors import ArtifactError
-from .families import Family, family_of
+from .families import Family, call_options, family_of
 from .method import Eraser
 from .seams import adapters
 
@@ -34,7 +34,7 @@ def _reference(scheduler: Any) -> Any:
 
 def _options(pipe: Any, family: Family) -> dict[str, Any]:
     """Guidance for every family, and a small size for those whose default is large: UNets run at their own."""
-    options: dict[str, Any] = {family.scale: GUIDANCE}
+    options: dict[str, Any] = {family.scale: GUIDANCE, **call_options(pipe)}
     if family.scale == "true_cfg_scale":
         options["negative_prompt"] = ""
     if family.denoisers != ("unet",):

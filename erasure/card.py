@@ -47,7 +47,17 @@ pipe = erasure.load("THIS_FOLDER", base="{config["base"]["id"]}")  # an ordinary
 | setting | value |
 |---|---|
 {fields}
-"""
+{_details(config.get("details", {}))}"""
+
+
+def _details(details: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The tables that an eraser has of itself."""
+    found = ""
+    for title, table in details.items():
+        columns = list(next(iter(table.values())))
+        rows = "\n".join(f"| {row} | {' | '.join(str(values.get(c, '–')) for c in columns)} |" for row, values in table.items())
+        found += f"\n**{title}**\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n{rows}\n"
+    return found
 
 
 def export_card(config: Mapping[str, Any], form: str, usage: str) -> str:

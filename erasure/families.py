@@ -28,6 +28,28 @@ class Encoder:
     length: int | None = None
     """Tokens that the pipeline asks for where a call says nothing else; None for the tokenizer's own length."""
 
+    def slots(self, pipe: Any) -> int:
+        """Tokens to ask of it: what the pipeline asks for, unless its tokenizer was made for fewer."""
+        own = int(getattr(pipe, self.tokenizer).model_max_length)
+        return min(self.length or own, own)
+
+
+Unit = Literal["heads", "neurons", "norms"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated:
+    """Units of a transformer block that can be switched off one by one, and the layers where that is done."""
+
+    kind: Unit
+    """heads and neurons: inputs of a linear layer. norms: outputs of a norm, or of the linear layer that modulates one."""
+    layers: tuple[str, ...]
+    """Names inside the block; a block without the first has no such units, and the others follow the same gates."""
+    attention: str = ""
+    """Of heads: their attention. Of neurons that share a layer's input with heads, which come first: that of those."""
+    blocks: str = "transformer_blocks"
+    """Name of the list of blocks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -58,6 +80,16 @@ class Family:
     """The pipeline's argument for classifier-free guidance."""
     text_layers: tuple[tuple[str, Literal["context", "pooled"]], ...]
     """Endings of the names of the linear layers that read the prompt first, and what each reads."""
+    cross: tuple[str, ...] = ("attn2",)
+    """Parts of dotted names: the layers of attention that are there for the text alone."""
+    cross_kv: tuple[str, ...] = ("attn2.to_k", "attn2.to_v")
+    """Of these, keys and values of the text."""
+    self_attention: tuple[str, ...] = ("attn1",)
+    """Parts of dotted names: attention of the image, or of image and text together, without the text's own layers."""
+    ends: tuple[str, ...] = ("time_embedding", "add_embedding", "conv_norm_out", "conv_out")
+    """Beginnings of names: embedding of the timestep, and output."""
+    gates: tuple[Gated, ...] = ()
+    """What masks can switch off in the denoiser."""
 
     def parts(self, pipe: Any) -> Iterator[tuple[str, Any]]:
         """Name and module of each denoiser that the pipeline has."""
@@ -95,6 +127,34 @@ EMBEDDERS: tuple[tuple[str, Literal["context", "pooled"]], ...] = (
     ("time_text_embed.text_embedder.linear_1", "pooled"),
 )
 
+UNET_GATES = (
+    Gated(kind="heads", layers=("attn1.to_out.0",), attention="attn1"),
+    Gated(kind="heads", layers=("attn2.to_out.0",), attention="attn2"),
+    Gated(kind="neurons", layers=("ff.net.2",)),
+    *(Gated(kind="norms", layers=(name,)) for name in ("norm1", "norm2", "norm3")),
+)
+JOINT_GATES = (
+    Gated(kind="heads", layers=("attn.to_out.0", "attn.to_add_out"), attention="attn"),
+    Gated(kind="heads", layers=("attn2.to_out.0",), attention="attn2"),
+    Gated(kind="neurons", layers=("ff.net.2",)),
+    Gated(kind="neurons", layers=("ff_context.net.2",)),
+    Gated(kind="norms", layers=("norm1.linear",)),
+    Gated(kind="norms", layers=("norm1_context.linear",)),
+)
+SINGLE_GATES = (
+    Gated(kind="heads", layers=("proj_out",), attention="attn", blocks="single_transformer_blocks"),
+    Gated(kind="neurons", layers=("proj_out",), attention="attn", blocks="single_transformer_blocks"),
+    Gated(kind="norms", layers=("norm.linear",), blocks="single_transformer_blocks"),
+)
+
+JOINT: dict[str, Any] = {
+    "cross": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    "cross_kv": ("attn.add_k_proj", "attn.add_v_proj"),
+    "self_attention": ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out"),
+    "ends": ("time_text_embed", "norm_out", "proj_out"),
+}
+"""Where text and image attend together."""
+
 
 def _with_variants(name: str, *variants: str) -> tuple[str, ...]:
     return tuple(f"{name}{variant}Pipeline" for variant in ("", *variants))
@@ -108,6 +168,7 @@ SD1 = Family(
     encoders=(Encoder(),),
     returns=BOTH,
     text_layers=CROSS_ATTENTION,
+    gates=UNET_GATES,
 )
 
 TABLE = (
@@ -127,6 +188,7 @@ TABLE = (
         returns=POOLED,
         pooled=("added_cond_kwargs", "text_embeds"),
         text_layers=CROSS_ATTENTION,
+        gates=UNET_GATES,
     ),
     Family(
         name="sd3",
@@ -142,6 +204,8 @@ TABLE = (
         returns=POOLED,
         pooled=("pooled_projections",),
         text_layers=EMBEDDERS,
+        gates=JOINT_GATES,
+        **JOINT,
     ),
     Family(
         name="flux",
@@ -157,6 +221,8 @@ TABLE = (
         cfg="sequential",
         scale="true_cfg_scale",
         text_layers=EMBEDDERS,
+        gates=(*JOINT_GATES, *SINGLE_GATES),
+        **JOINT,
     ),
     Family(
         name="wan",
@@ -167,19 +233,33 @@ TABLE = (
         returns=BOTH,
         cfg="sequential",
         text_layers=(("condition_embedder.text_embedder.linear_1", "context"),),
+        ends=("condition_embedder.time_embedder", "norm_out", "proj_out"),
     ),
 )
 NAMES = tuple(family.name for family in TABLE)
 
 
-def family_of(pipe: Any) -> Family:
-    """The row of a pipeline, by the name of its class or of a class that it extends, and by its mark."""
+def row_of(pipe: Any) -> Family | None:
+    """The row of a pipeline, by the name of its class or of a class that it extends, and by its mark; None if it has none."""
     names = [cls.__name__ for cls in type(pipe).__mro__]
-    for family in TABLE:
-        if any(name in family.pipelines for name in names) and _marked(pipe, family):
-            return family
+    return next((family for family in TABLE if any(name in family.pipelines for name in names) and _marked(pipe, family)), None)
+
+
+def family_of(pipe: Any) -> Family:
+    """The row of a pipeline; an unknown one raises UnsupportedFamily."""
+    if family := row_of(pipe):
+        return family
     known = ", ".join(dict.fromkeys(name for family in TABLE for name in family.pipelines))
     raise UnsupportedFamily(f"{type(pipe).__name__} is of no family that this version knows ({known})")
+
+
+def call_options(pipe: Any) -> dict[str, Any]:
+    """What every call of a pipeline must say: how many tokens T5 reads, where its tokenizer was made for fewer than the pipeline's own."""
+    family = row_of(pipe)
+    last = family.encoders[-1] if family else None
+    if last is None or last.length is None or getattr(pipe, last.component) is None or last.slots(pipe) == last.length:
+        return {}
+    return {"max_sequence_length": last.slots(pipe)}
 
 
 def _marked(pipe: Any, family: Family) -> bool:

@@ -2,10 +2,11 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -16,6 +17,9 @@ from .errors import Conflict, ErasureError, NotErased, NothingAttached, Unsuppor
 from .families import Family, family_of
 from .seams import weights
 from .seams.instance import overridden
+
+if TYPE_CHECKING:
+    from .training import Callback
 
 log = logging.getLogger("erasure")
 
@@ -28,6 +32,10 @@ class Run:
     """Seed of whatever the fit draws."""
     progress: bool = True
     """Show progress bars."""
+    checkpoint: Path | None = None
+    """Folder where training keeps its state: a killed fit, called again with it, goes on and ends with the same weights."""
+    callbacks: "tuple[Callback, ...]" = ()
+    """What else a training does, see callbacks.py: averages, validation, early stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +52,8 @@ class ErasureMethod(ABC):
     """The rows of families.py that the formula allows."""
     trained: ClassVar[bool] = False
     """Whether results depend on a fit seed."""
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Values of fields under a name; a method that has some has a field ``preset``, and takes from there what is not given."""
 
     @abstractmethod
     def fit(self, pipe: Any, concepts: Sequence[Concept], *, run: Run = Run()) -> "Eraser":
@@ -96,6 +106,10 @@ class Eraser(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """All state, by name."""
 
+    def details(self) -> dict[str, Any]:
+        """What else the artefact's configuration and card say of it: tables of plain data by title, each {row: {column: value}}."""
+        return {}
+
     @property
     def first_step(self) -> int:
         """The first sampling step, from 0, at which it changes anything: shorter runs would not show it."""
@@ -144,7 +158,15 @@ class WeightEraser(Eraser):
     changed: Mapping[str, Tensor] = field(repr=False)
 
     def seams(self, pipe: Any, family: Family) -> Iterable[AbstractContextManager[int]]:
-        yield weights.swapped(pipe, self.changed)
+        yield weights.swapped(pipe, self.values(pipe))
+
+    def values(self, pipe: Any) -> Mapping[str, Tensor]:
+        """New values of the parameters of ``pipe``, by dotted name."""
+        return self.changed
+
+    def writes(self) -> Set[str]:
+        """Names of the parameters that it changes."""
+        return self.changed.keys()
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.changed)
@@ -152,7 +174,7 @@ class WeightEraser(Eraser):
     def check_conflicts(self, attached: Sequence[Eraser]) -> None:
         super().check_conflicts(attached)
         for other in attached:
-            shared = self.changed.keys() & other.tensors().keys() if isinstance(other, WeightEraser) else set()
+            shared = self.writes() & other.writes() if isinstance(other, WeightEraser) else set()
             if shared:
                 raise Conflict(
                     f"{self.method.name} and {other.method.name} both write {sorted(shared)[0]} (and {len(shared) - 1} more); "
@@ -162,7 +184,7 @@ class WeightEraser(Eraser):
     def bake(self, pipe: Any) -> None:
         """Write the changed parameters into ``pipe`` for good."""
         with torch.no_grad():
-            for name, tensor in self.changed.items():
+            for name, tensor in self.values(pipe).items():
                 weights.parameter(pipe, name).copy_(tensor)
 
 

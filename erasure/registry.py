@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from .errors import ErasureError, UnknownName
 
@@ -78,13 +78,16 @@ class Registry:
 def kind_of(method: Any) -> str:
     """The kind of the erasers that a method class says it fits, "" where it does not say."""
     try:
-        return getattr(get_type_hints(method.fit).get("return"), "kind", "")
+        fitted = get_type_hints(method.fit).get("return")
+        return " or ".join(kind for each in get_args(fitted) or (fitted,) if (kind := getattr(each, "kind", "")))
     except (AttributeError, NameError, TypeError):
         return ""
 
 
 FAMILIES = "sd1 sd2 sdxl sd3 flux wan"
 """All of families.py, which this module does not import: a list of methods does not wait for torch."""
+TRAINED = "sd1 sd2 sdxl sd3 flux"
+"""Those that the trained methods have samplers and losses for."""
 
 methods = Registry(
     "method",
@@ -102,6 +105,9 @@ methods = Registry(
         "safree": Entry(
             "erasure.methods.safree:SAFREE", "SAFREE: prompts projected off the concept's subspace, with re-attention", "runtime", FAMILIES
         ),
+        "itd": Entry(
+            "erasure.methods.itd:ItD", "Interpret-then-Deactivate: sparse features of the text encoder, switched off", "runtime", FAMILIES
+        ),
         "sld": Entry(
             "erasure.methods.sld:SLD",
             "Safe Latent Diffusion: guidance away from the concept's text, with warm-up and momentum",
@@ -113,6 +119,36 @@ methods = Registry(
             "Perp-Neg: a negative prompt that leaves alone what the prompt asks for",
             "runtime",
             FAMILIES,
+        ),
+        "esd": Entry(
+            "erasure.methods.esd:ESD",
+            "Erased Stable Diffusion: trained to predict the concept as guided away from it",
+            "weights or adapter",
+            TRAINED,
+        ),
+        "concept_ablation": Entry(
+            "erasure.methods.concept_ablation:ConceptAblation",
+            "Concept Ablation: trained to see the anchor where the concept is named",
+            "weights or adapter",
+            TRAINED,
+        ),
+        "salun": Entry(
+            "erasure.methods.salun:SalUn",
+            "SalUn: relabelling by the anchor, on the weights that matter most for the concept",
+            "weights",
+            TRAINED,
+        ),
+        "minimalist": Entry(
+            "erasure.methods.masking:Minimalist",
+            "Minimalist Concept Erasure: the fewest heads, neurons and norms switched off, trained through the whole sampler",
+            "weights",
+            TRAINED,
+        ),
+        "saeuron": Entry(
+            "erasure.methods.saeuron:SAeUron",
+            "SAeUron: features of a sparse autoencoder in the UNet, ablated while sampling",
+            "runtime",
+            "sd1 sd2 sdxl",
         ),
     },
 )

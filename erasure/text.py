@@ -46,7 +46,7 @@ def places(pipe: Any, family: Family, tokens: int) -> tuple[Place, ...]:
     for encoder in encoders(pipe, family):
         config = getattr(pipe, encoder.component).config
         if encoder.place == "tokens":  # all encoders but the last have a fixed number of tokens
-            stop = tokens if encoder is family.encoders[-1] or family.encoders[-1].place != "tokens" else row.stop + slots(pipe, encoder)
+            stop = tokens if encoder is family.encoders[-1] or family.encoders[-1].place != "tokens" else row.stop + encoder.slots(pipe)
             row, column = slice(row.stop, stop), slice(0, config.hidden_size)
         elif encoder.place == "channels":
             column = slice(column.stop, column.stop + config.hidden_size)
@@ -59,17 +59,12 @@ def places(pipe: Any, family: Family, tokens: int) -> tuple[Place, ...]:
     return tuple(found)
 
 
-def slots(pipe: Any, encoder: Encoder) -> int:
-    """Tokens that the pipeline asks of an encoder where a call says nothing else."""
-    return encoder.length or int(getattr(pipe, encoder.tokenizer).model_max_length)
-
-
 def token_ids(pipe: Any, encoder: Encoder, text: str, length: int | None = None) -> Tensor:
     """Ids [tokens] of a text as the pipeline cuts it, without padding; truncation keeps the end token."""
     tokenizer = getattr(pipe, encoder.tokenizer)
     if hasattr(pipe, "maybe_convert_prompt"):  # one word of a textual inversion may stand for several vectors
         text = pipe.maybe_convert_prompt(text, tokenizer)
-    ids: Tensor = tokenizer(text, truncation=True, max_length=length or slots(pipe, encoder), return_tensors="pt").input_ids[0]
+    ids: Tensor = tokenizer(text, truncation=True, max_length=length or encoder.slots(pipe), return_tensors="pt").input_ids[0]
     return ids
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,10 +76,13 @@ class Bench:
         if (saved := self.saved(method)) is not None:
             return saved, folder
         started = time.perf_counter()
+        training = folder.with_name(f".{method.name}.training")
         with peak_memory(str(self.pipe.device)) as peak:
-            eraser = method.fit(self.pipe, [self.concept], run=Run(seed=self.seed, progress=self.progress))
+            run = Run(seed=self.seed, progress=self.progress, checkpoint=training if method.trained else None)
+            eraser = method.fit(self.pipe, [self.concept], run=run)
         cost = {"fit_seconds": round(time.perf_counter() - started, 3), "fit_peak_memory_mb": round(peak.megabytes or 0)}
         artifact.save(eraser, folder, pipe=self.pipe, base_id=self.model, seed=self.seed, cost=cost)
+        shutil.rmtree(training, ignore_errors=True)
         return eraser, folder
 
     def saved(self, method: ErasureMethod) -> Eraser | None:

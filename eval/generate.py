@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from erasure.errors import ErasureError
+from erasure.families import call_options
 
 from .protocol import SHIPPED, Protocol, is_flow
 from .rows import ASKED, Row
@@ -95,6 +96,7 @@ def draw(pipe: Any, rows: Sequence[Row], protocol: Protocol) -> Tensor:
         "height": height,
         "width": width,
         "output_type": "pt",
+        **call_options(pipe),
     }
     if protocol.negative_prompt is not None:
         arguments["negative_prompt"] = [protocol.negative_prompt] * len(rows)

@@ -14,7 +14,7 @@ from erasure.families import NAMES, Family
 from erasure.method import ErasureMethod, Run, RuntimeEraser
 from erasure.seams import prompt
 from erasure.seams.issued import Issued
-from erasure.text import encoders, slots
+from erasure.text import encoders
 
 log = logging.getLogger("erasure")
 
@@ -34,7 +34,7 @@ def combine(phrases: Iterable[str], user: str | list[str] | None) -> str | list[
 def warn_of_cut(pipe: Any, family: Family, phrases: Sequence[str]) -> None:
     """Log which of the phrases are more than an encoder reads; they would be in the negative prompt to no effect."""
     for encoder in encoders(pipe, family):
-        tokenizer, room = getattr(pipe, encoder.tokenizer), slots(pipe, encoder)
+        tokenizer, room = getattr(pipe, encoder.tokenizer), encoder.slots(pipe)
 
         def fits(n: int, tokenizer: Any = tokenizer, room: int = room) -> bool:
             return len(tokenizer(", ".join(phrases[:n]), truncation=True, max_length=room + 1).input_ids) <= room

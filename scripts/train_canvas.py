@@ -3,6 +3,7 @@
     python scripts/train_canvas.py                  # everything: about two and a half hours on two free cores
     python scripts/train_canvas.py --budget 0.02    # the same chain in minutes, to see that it runs
     python scripts/train_canvas.py --control        # the retrained control (no test concepts), on the parts made before
+    python scripts/train_canvas.py --flow           # canvas-flow, on the autoencoder and CLIP text encoder made before
 
 Stages that are done are skipped; a stage that was killed goes on from its last checkpoint. Progress goes to the terminal and to
 ``train.log`` in the build folder. Needs the extra ``canvas-train`` and npm on the PATH.
@@ -15,15 +16,15 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from canvas_training import art, judges, text, unet, vae
+from canvas_training import art, flow, judges, t5, text, unet, vae
 from erasure.canvas.splits import splits, training_drawings
 from erasure.canvas.world import world
 
-SECONDS = {"vae": 660, "text": 150, "unet": 5100, "control": 2400}
+SECONDS = {"vae": 660, "text": 150, "unet": 5100, "control": 2400, "t5": 150, "flow": 7200}
 JUDGE_STEPS = {"judge_dev": 2400, "judge_test": 2000}
 WEIGHTS = Path(__file__).parents[1] / "erasure/canvas/weights"
 log = logging.getLogger("canvas")
@@ -62,6 +63,20 @@ class Build:
             unet.fit(self.folder, self.world, self.painter, drawings, self.vae(), *self.text(), name=name, seconds=seconds)
         return UNet2DConditionModel.from_pretrained(self.folder / name)
 
+    def t5(self) -> tuple[T5TokenizerFast, T5EncoderModel]:
+        if not self.done("text_encoder_2"):
+            t5.fit(self.folder, self.world, SECONDS["t5"] * self.budget)
+        return T5TokenizerFast.from_pretrained(self.folder / "tokenizer_2"), T5EncoderModel.from_pretrained(
+            self.folder / "text_encoder_2"
+        ).eval()
+
+    def flow(self) -> FluxPipeline:
+        texts, t5s, autoencoder = self.text(), self.t5(), self.vae()
+        if not self.done("flow"):
+            flow.fit(self.folder, self.world, self.painter, self.drawings, autoencoder, texts, t5s, seconds=SECONDS["flow"] * self.budget)
+        transformer = FluxTransformer2DModel.from_pretrained(self.folder / "flow").eval()
+        return flow.pipeline(autoencoder, texts[1], texts[0], t5s[1], t5s[0], transformer)
+
     def judge(self, name: str) -> None:
         if not self.done(f"{name}.safetensors"):
             judges.fit(self.folder, self.world, self.painter, self.vae(), name, round(JUDGE_STEPS[name] * self.budget))
@@ -71,20 +86,17 @@ class Build:
         return unet.pipeline(self.vae(), encoder, tokenizer, self.unet(denoiser))
 
 
-def package(build: Build, folder: Path) -> None:
+def package(pipe: DiffusionPipeline, target: Path) -> None:
     """Write fp16 weights where the package ships them, under the names that transformers 4 and 5 both read."""
-    target = folder / "canvas"
     shutil.rmtree(target, ignore_errors=True)
-    build.pipeline().to(torch.float16).save_pretrained(target)
+    pipe.to(torch.float16).save_pretrained(target)
     prefix_text_encoder(target / "text_encoder/model.safetensors")
     write_vocabulary(target / "tokenizer")
     for path in target.rglob("config.json"):  # where the parts came from is nobody's business
         config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for name in judges.BUILDERS:
-        shutil.copy(build.folder / f"{name}.safetensors", folder / f"{name}.safetensors")
-    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    log.info("packaged %.1f MB in %s", size / 1e6, folder.name)
+    size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
+    log.info("packaged %.1f MB in %s", size / 1e6, target.name)
 
 
 def prefix_text_encoder(path: Path) -> None:
@@ -108,6 +120,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=1.0, help="share of the full training time")
     parser.add_argument("--control", action="store_true", help="train the retrained control instead, into FOLDER/control-pipeline")
     parser.add_argument("--package", type=Path, default=WEIGHTS, help="folder that gets the packaged weights")
+    parser.add_argument("--flow", action="store_true", help="train and package canvas-flow instead")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(arguments.folder / "train.log")]
@@ -118,10 +131,13 @@ def main() -> None:
     if arguments.control:
         build.pipeline("control").save_pretrained(arguments.folder / "control-pipeline")
         return
-    build.unet()
+    if arguments.flow:
+        package(build.flow(), arguments.package / "canvas-flow")
+        return
     for name in judges.BUILDERS:
         build.judge(name)
-    package(build, arguments.package)
+        shutil.copy(arguments.folder / f"{name}.safetensors", arguments.package / f"{name}.safetensors")
+    package(build.pipeline(), arguments.package / "canvas")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Methods that stand in for what a training would give."""
+"""Methods and files that stand in for what a training would give."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -9,8 +12,11 @@ import torch
 from erasure import lora
 from erasure.adapter import AdapterEraser
 from erasure.concept import Concept
-from erasure.families import NAMES
+from erasure.families import NAMES, family_of
 from erasure.method import ErasureMethod, Run
+from erasure.methods.sae.coder import SparseCoder, SparseCoderConfig
+from erasure.testing import tiny
+from erasure.text import encoders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +52,32 @@ class RandomLoRA(ErasureMethod):
 
     def eraser(self, concepts: tuple[Concept, ...], tensors: Mapping[str, torch.Tensor]) -> AdapterEraser:
         return AdapterEraser(self, concepts, tensors)
+
+
+UNET_BLOCK = "unet.up_blocks.1.attentions.0"
+"""A cross-attention block of the tiny UNets, 32 wide."""
+
+
+@cache
+def unet_coder() -> str:
+    """Folder of a random sparse coder of that block, the same every time; gone with the process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        SparseCoder(SparseCoderConfig(d_in=32, num_latents=64, k=8, hookpoint=UNET_BLOCK)).save(_FOLDER.name)
+    return _FOLDER.name
+
+
+@cache
+def text_coders(family: str) -> str:
+    """Folder of random sparse coders of the first layer of each text encoder of a family's tiny pipeline."""
+    pipe, folder = getattr(tiny, family)(), Path(_FOLDER.name) / family
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for encoder in encoders(pipe, family_of(pipe)):
+            width = int(getattr(pipe, encoder.component).config.hidden_size)
+            config = SparseCoderConfig(d_in=width, num_latents=256, k=64, hookpoint=f"{encoder.component}.layers.0")
+            SparseCoder(config).save(folder / encoder.component)
+    return str(folder)
+
+
+_FOLDER = tempfile.TemporaryDirectory()

@@ -23,6 +23,7 @@ def bench(
     scores: Scores = Scores(),
     *,
     methods: str,
+    preset: str | None = None,
     out: Folder,
     seed: Seed = 0,
     grid: Annotated[bool, Parameter(negative=())] = False,
@@ -36,12 +37,13 @@ def bench(
     Parameters
     ----------
     methods: Names of methods, separated by commas; `name.yaml` files give a method and its settings.
+    preset: Preset of those methods that have one of this name (canvas, paper, ...), named without a file.
     out: Folder of artefacts, images, results, table and report.
     grid: Print where the matched-seed grid is drawn (grid.png).
     """
     from erasure.eval.bench import Bench
 
-    chosen = parse_methods(methods)
+    chosen = parse_methods(methods, preset)
     concepts, suite = what.concepts(base.model), images.load()
     for concept in concepts:
         suite.rows(concept)  # a concept that the suite does not know is said before the base is loaded
@@ -59,9 +61,15 @@ def bench(
         show(table, folder, json, grid)
 
 
-def parse_methods(text: str) -> "list[ErasureMethod]":
-    """Methods by their names and files, separated by commas; none, or one twice, is an error, since rows bear the method's name."""
-    chosen = [parse_method(name) for part in text.split(",") if (name := part.strip())]
+def parse_methods(text: str, preset: str | None = None) -> "list[ErasureMethod]":
+    """Methods by their names and files, separated by commas; none, or one twice, is an error, since rows bear the method's name.
+
+    ``preset`` is for those among them that have one of this name; where none has, it is an error.
+    """
+    chosen = [parse_method(name, preset) for part in text.split(",") if (name := part.strip())]
+    if preset is not None and not any(preset in method.PRESETS for method in chosen):
+        known = sorted({name for method in chosen for name in method.PRESETS}) or ["none"]
+        raise ErasureError(f"--preset {preset}: none of these methods has it (presets: {', '.join(known)})")
     if not chosen:
         raise ErasureError("--methods is empty; see `erasure methods`")
     names = [method.name for method in chosen]
@@ -70,13 +78,14 @@ def parse_methods(text: str) -> "list[ErasureMethod]":
     return chosen
 
 
-def parse_method(name: str) -> "ErasureMethod":
+def parse_method(name: str, preset: str | None = None) -> "ErasureMethod":
     """A method by name with its defaults, or from a YAML file ``{method: NAME, field: value, ...}``."""
     from ..reading import read_yaml
     from ..registry import methods
 
     if not name.endswith((".yaml", ".yml")):
-        return methods.get(name).from_config({})
+        found = methods.get(name)
+        return found.from_config({"preset": preset} if preset in found.PRESETS else {})
     if not Path(name).is_file():
         raise ErasureError(f"no method file {name}; check the path, or give a name from `erasure methods`")
     config = read_yaml(Path(name), name)

@@ -2,6 +2,7 @@
 
 import inspect
 import json as jsonlib
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ app = App(name="erase", help_format="plaintext", help_epilogue=epilogue("erase")
 
 def erase(method: "ErasureMethod", base: Base, what: What, out: Path, seed: int, json: bool, dry_run: bool) -> None:
     """Fit, save, and say where the artefact is."""
+    from erasure.eval.engines.ranks import Rank
+
     from .. import artifact
     from ..method import Run
 
@@ -36,9 +39,13 @@ def erase(method: "ErasureMethod", base: Base, what: What, out: Path, seed: int,
         return
     pipe = base.load()
     started = time.perf_counter()
-    eraser = method.fit(pipe, concepts, run=Run(seed=seed, progress=chatty(json)))
+    training = out.with_name(f".{out.name}.training")  # a killed fit goes on from there
+    eraser = method.fit(pipe, concepts, run=Run(seed=seed, progress=chatty(json), checkpoint=training if method.trained else None))
     seconds = time.perf_counter() - started
+    if not Rank.here().first:  # of several processes that trained together one writes
+        return
     folder = artifact.save(eraser, out, pipe=pipe, base_id=base.model, seed=seed, cost={"fit_seconds": round(seconds, 3)})
+    shutil.rmtree(training, ignore_errors=True)
     config = artifact.read_config(folder)
     if json:
         print(jsonlib.dumps(config, indent=2, ensure_ascii=False))

@@ -34,6 +34,22 @@ EXAMPLES = {
         "erasure compare out/demo/results/base out/demo/results/uce",
         "erasure compare out/demo/results/base out/demo/results/uce --format markdown --html report.html",
     ),
+    "sae": (
+        "erasure sae train --model canvas --hookpoint text_encoder.layers.2 --out out/sae",
+        "erasure sae detect --model canvas --concept dagger --prompts prompts.txt",
+    ),
+    "sae train": (
+        "erasure sae train --model canvas --hookpoint text_encoder.layers.2 --out out/sae",
+        "erasure sae train --model canvas --hookpoint text_encoder.layers.1 --latents 1024 --activation abstopk --out out/sae-1 --json",
+    ),
+    "sae inspect": (
+        "erasure sae inspect --concept dagger --out dagger.html",
+        "erasure sae inspect --concept dagger --json",
+    ),
+    "sae detect": (
+        "erasure sae detect --model canvas --concept dagger --prompts prompts.txt",
+        "erasure sae detect --model canvas --concept dagger --prompts prompts.txt --json",
+    ),
     "bench": (
         "erasure bench --model canvas --concept dagger --methods negative_prompt,uce,safree --suite canvas-demo --out out/demo",
         "erasure bench --model canvas --concept pizza --concept bomb --methods uce --suite canvas --out out/uce --dry-run",

@@ -27,6 +27,7 @@ VERBS = {
     "generate": ("generate:generate", "Make a suite's images with an artefact, or with the base."),
     "evaluate": ("evaluate:evaluate", "Score an artefact on a suite against the base."),
     "compare": ("compare:compare", "Compare results of one protocol, side by side."),
+    "sae": ("sae:app", "Train sparse autoencoders of text encoders, look into them, and detect concepts by them."),
     "bench": ("bench:bench", "Erase, generate, score and compare, from nothing to table and report."),
 }
 """Verb -> where it is, and what it does; imported when it is called."""

@@ -120,9 +120,11 @@ class What:
         return bool(self.concept or self.target)
 
     def concepts(self, model: str) -> tuple[Concept, ...]:
+        from ..models import EMBEDDED
+
         if twice := [name for name in self.concept if self.concept.count(name) > 1]:
             raise ErasureError(f"--concept {twice[0]} is given twice; once is enough")
-        named = tuple(load(name, canvas=model == "canvas") for name in self.concept)
+        named = tuple(load(name, canvas=model in EMBEDDED) for name in self.concept)
         if not self.target:
             if self.anchor or self.retain:
                 raise ErasureError("--anchor and --retain belong to --target")

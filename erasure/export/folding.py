@@ -27,7 +27,7 @@ class Notes:
 def folded(eraser: Eraser, pipe: Any) -> dict[str, Tensor]:
     """New values of the parameters that the eraser changes, by dotted name with component, in the base's dtype, on the CPU."""
     if isinstance(eraser, WeightEraser):
-        return {name: tensor.to(editable(name, parameter(pipe, name)).dtype).cpu() for name, tensor in eraser.changed.items()}
+        return {name: tensor.to(editable(name, parameter(pipe, name)).dtype).cpu() for name, tensor in eraser.values(pipe).items()}
     if not isinstance(eraser, AdapterEraser):
         raise ErasureError(f"{eraser.method.name} changes no weights that could be folded in")
     new = {}

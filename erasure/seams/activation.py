@@ -16,3 +16,15 @@ def inputs(modules: Iterable[nn.Module], edit: Callable[[nn.Module, Tensor], Ten
     with ExitStack() as stack:
         opened = [stack.enter_context(module.register_forward_pre_hook(hook)) for module in modules]
         yield len(opened)
+
+
+@contextmanager
+def outputs(modules: Iterable[nn.Module], edit: Callable[[nn.Module, Tensor], Tensor]) -> Iterator[int]:
+    """Pass each module's output, a tensor, through ``edit``. Yields how many modules were opened."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return edit(module, output)
+
+    with ExitStack() as stack:
+        opened = [stack.enter_context(module.register_forward_hook(hook)) for module in modules]
+        yield len(opened)

@@ -85,7 +85,9 @@ def _in_component(pipe: Any, component: str, layers: Factors, name: str) -> Iter
     with ExitStack() as stack:
         stack.callback(_restore_grads, grads)
         stack.callback(_unload, module, layers, name, active if disabled else {})
-        _load(pipe, component, module, layers, name)
+        device = next(module.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # factors start as random numbers, then are read
+            _load(pipe, component, module, layers, name)
         for layer in module.modules():
             if isinstance(layer, BaseTunerLayer):
                 layer.enable_adapters(True)

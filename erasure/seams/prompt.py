@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NotErased
-from ..families import Family
+from ..families import Family, call_options
 from .instance import overridden
 from .issued import Embeds, Issued
 
@@ -94,7 +94,13 @@ def encode_alone(pipe: Any, family: Family, texts: list[str], arguments: Argumen
     """Embeddings of some texts as the bare pipeline makes them, with the options of a bound call of ``encode_prompt`` if given."""
     plain = functools.partial(type(pipe).encode_prompt, pipe)
     known = inspect.signature(type(pipe).encode_prompt).parameters
-    options: Arguments = {"device": pipe._execution_device, "num_images_per_prompt": 1, "num_videos_per_prompt": 1, **(arguments or {})}
+    options: Arguments = {
+        "device": pipe._execution_device,
+        "num_images_per_prompt": 1,
+        "num_videos_per_prompt": 1,
+        **call_options(pipe),
+        **(arguments or {}),
+    }
     options = {key: value for key, value in options.items() if key in known and ("prompt" not in key or key.startswith("num_"))}
     options |= {encoder.prompt: None for encoder in family.encoders} | {"prompt": texts}
     if "do_classifier_free_guidance" in known:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,8 +85,13 @@ def captions(world: World, scenes: Scenes, generator: torch.Generator, noise: fl
     return texts, labels
 
 
-def tokenize(tokenizer: CLIPTokenizer, texts: list[str], padding: str = "max_length") -> Tensor:
+def tokenize(tokenizer: Any, texts: list[str], padding: str = "max_length") -> Tensor:
     return tokenizer(texts, padding=padding, truncation=True, max_length=LENGTH, return_tensors="pt").input_ids
+
+
+def sizes(world: World) -> tuple[int, int, int, int]:
+    """Number of answers to each of the four questions: first object or category, second object, style, background; or none."""
+    return len(world.objects) + len(world.categories), len(world.objects) + 1, len(world.styles) + 1, len(world.backgrounds) + 1
 
 
 class Namer(nn.Module):
@@ -94,8 +100,7 @@ class Namer(nn.Module):
     def __init__(self, encoder: CLIPTextModel, world: World) -> None:
         super().__init__()
         self.encoder = encoder
-        sizes = (len(world.objects) + len(world.categories), len(world.objects) + 1, len(world.styles) + 1, len(world.backgrounds) + 1)
-        self.heads = nn.ModuleList(nn.Linear(WIDTH, size) for size in sizes)
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, size) for size in sizes(world))
 
     def forward(self, ids: Tensor) -> list[Tensor]:
         pooled = self.encoder(ids).pooler_output
@@ -122,7 +127,7 @@ def fit(folder: Path, world: World, seconds: float, batch: int = 128) -> tuple[C
 
 
 @torch.no_grad()
-def accuracy(world: World, tokenizer: CLIPTokenizer, namer: Namer, split: str, n: int = 512) -> list[float]:
+def accuracy(world: World, tokenizer: Any, namer: nn.Module, split: str, n: int = 512) -> list[float]:
     """Share of prompts of a template split whose first object, second object, style and background are named."""
     generator = torch.Generator().manual_seed(7)
     scenes = sample(n, torch.ones(len(world.objects), len(world.styles), dtype=torch.bool), generator, pair_share=0.4)

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from itertools import pairwise
 
@@ -62,8 +62,9 @@ def test_every_verb_has_examples_of_its_own_and_is_described_once():
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The string under each field, on one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    """The string under each field, its own or inherited, on one line."""
+    classes = [base for base in cls.__mro__ if is_dataclass(base)]
+    body = [line for base in classes for line in ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body]  # type: ignore[attr-defined]
     return {
         field.target.id: " ".join(ast.literal_eval(doc.value).split())
         for field, doc in pairwise(body)
@@ -80,8 +81,9 @@ def test_help_of_a_method_has_type_default_and_docstring_of_every_field(name):
     for field in fields(cls):
         flag = f"--{field.name.replace('_', '-')}"
         kind = rf"( FLOAT| INT| CHOICE| STR| --no-{flag[2:]})"
-        default = "" if field.default in (None, ()) else rf" (\[choices: [^]]*\] )?\[default: {re.escape(str(field.default))}\]"
-        assert re.search(rf" {flag}{kind}\S* {re.escape(field_docs(cls)[field.name])}{default}", text), (flag, text)
+        shown = re.escape(str(field.default) or '""')
+        default = "" if field.default in (None, ()) else rf" (\[choices: [^]]*\] )?\[default: {shown}\]"
+        assert re.search(rf" {flag}{kind}\S*( --empty-\S+)? {re.escape(field_docs(cls)[field.name])}{default}", text), (flag, text)
     assert not fields(cls) or (cls.__doc__ or "").strip().splitlines()[0] in text
 
 

@@ -1,0 +1,128 @@
+"""What a training run can do beside training: show its progress, average its weights, measure itself and stop when that is enough."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .training import Callback, Training
+
+
+class Progress(Callback):
+    """A progress bar with the mean loss of the last steps."""
+
+    def __init__(self, name: str, show: bool = True) -> None:
+        self.name, self.show = name, show
+        self.bar: Any = None
+
+    def start(self, run: Training) -> None:
+        self.bar = tqdm(total=run.steps, desc=self.name, disable=not (self.show and PartialState().is_main_process))
+
+    def step(self, run: Training) -> None:
+        recent = run.losses[-20:]
+        self.bar.set_postfix(loss=f"{sum(recent) / len(recent):.4g}", refresh=False)
+        self.bar.update(run.step - self.bar.n)
+
+    def end(self, run: Training) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands, for runs that end by an error."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+@dataclass
+class Ema(Callback):
+    """Exponential moving average of the weights, warmed up as (1 + n) / (10 + n); the run ends with the averages in place."""
+
+    decay: float = 0.999
+    average: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """Averages by name, float32."""
+
+    def start(self, run: Training) -> None:
+        self.average = {name: weight.detach().clone() for name, weight in run.weights.items()}
+
+    @torch.no_grad()
+    def step(self, run: Training) -> None:
+        decay = min(self.decay, (1 + run.step) / (10 + run.step))
+        for name, weight in run.weights.items():
+            self.average[name].lerp_(weight.detach(), 1 - decay)
+
+    def end(self, run: Training) -> None:
+        run.write(self.average)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.average
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.average = {name: tensor.to(self.average[name]) for name, tensor in state.items()}
+
+    @contextmanager
+    def applied(self, run: Training) -> Iterator[None]:
+        """The averages in place of the weights, for a while."""
+        kept = {name: weight.detach().clone() for name, weight in run.weights.items()}
+        run.write(self.average)
+        try:
+            yield
+        finally:
+            run.write(kept)
+
+
+@dataclass
+class Validate(Callback):
+    """Call ``measure`` (less is better: the share of images in which judge_dev sees the target, say) every so many steps.
+
+    Stops at ``goal``, or after ``patience`` measurements without a new best; the run ends with the weights of the best one.
+    Put it after an Ema, given as ``ema``, to measure and keep the averages.
+    """
+
+    measure: Callable[[], float] = field(repr=False)
+    every: int = 50
+    goal: float = -math.inf
+    patience: int | None = None
+    ema: Ema | None = None
+    values: dict[int, float] = field(default_factory=dict, repr=False)
+    """Measurements by step."""
+    best: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def step(self, run: Training) -> None:
+        if run.step % self.every and run.step < run.steps:
+            return
+        if self.ema is None:
+            self._measure(run)
+        else:
+            with self.ema.applied(run):
+                self._measure(run)
+        since = list(self.values.values())
+        waited = len(since) - 1 - since.index(min(since))
+        if since[-1] <= self.goal:
+            run.stop = f"reached {since[-1]:g} at step {run.step}, as asked"
+        elif self.patience is not None and waited >= self.patience:
+            run.stop = f"no better than {min(since):g} in {waited} measurements"
+
+    @torch.no_grad()
+    def _measure(self, run: Training) -> None:
+        value = float(self.measure())
+        if not self.values or value < min(self.values.values()):
+            self.best = {name: weight.detach().clone() for name, weight in run.weights.items()}
+        self.values[run.step] = value
+
+    def end(self, run: Training) -> None:
+        if self.best:
+            run.write(self.best)
+
+    def state(self) -> dict[str, Tensor]:
+        table = torch.tensor([list(self.values), list(self.values.values())], dtype=torch.float64)
+        return {"values": table, **{f"best.{name}": tensor for name, tensor in self.best.items()}}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        steps, values = state["values"].tolist() if state["values"].numel() else ([], [])
+        self.values = {int(step): value for step, value in zip(steps, values, strict=True)}
+        self.best = {name.removeprefix("best."): tensor for name, tensor in state.items() if name != "values"}

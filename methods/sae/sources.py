@@ -1,0 +1,45 @@
+"""Which coders a method works with: those of a folder, or those that ship with the embedded model."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from erasure.errors import ErasureError
+from erasure.families import Family
+
+from .coder import CONFIG, SparseCoder
+from .hookpoints import find
+
+SHIPPED = ("erasure.canvas", "weights/sae")
+
+
+def coders(pipe: Any, family: Family, folder: str) -> list[SparseCoder]:
+    """Coders on the pipeline's device: of a folder, of its folders, or, if it is "", the one that ships for the canvas.
+
+    A coder whose hookpoint the pipeline lacks, or has in another width, raises.
+    """
+    root = Path(folder) if folder else Path(str(files(SHIPPED[0]).joinpath(SHIPPED[1])))
+    homes = [root] if (root / CONFIG).is_file() else sorted(home.parent for home in root.glob(f"*/{CONFIG}"))
+    if not homes:
+        raise ErasureError(
+            f"no sparse coder in {folder!r}: give --sae a folder that `erasure sae train` wrote"
+            if folder
+            else "the canvas's coder is not installed"
+        )
+    found = [SparseCoder.load(home) for home in homes]
+    for home, coder in zip(homes, found, strict=True):
+        try:
+            encoder, _ = find(pipe, family, coder.config.hookpoint)
+        except ErasureError as error:
+            hint = (
+                ""
+                if folder
+                else "; the coder that ships is the canvas's: train one for this model with `erasure sae train`, and give it as sae"
+            )
+            raise ErasureError(f"{home.name if folder else 'no coder is given, and'}: {error}{hint}") from error
+        width = int(getattr(pipe, encoder.component).config.hidden_size)
+        if width != coder.config.d_in:
+            hint = "" if folder else ": the coder that ships is the canvas's; train one for this model with `erasure sae train`"
+            raise ErasureError(f"{coder.config.hookpoint} is {width} wide, and the coder was made for {coder.config.d_in}{hint}")
+        coder.to(pipe._execution_device)
+    return found

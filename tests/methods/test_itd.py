@@ -1,0 +1,124 @@
+"""Interpret-then-Deactivate: formulas against loops, the gate, every family's tiny pipeline, and the canvas with its shipped coder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from erasure.canvas.concepts import canvas_concept
+from erasure.canvas.judge_dev import judge_dev
+from erasure.canvas.world import world
+from erasure.concept import Concept
+from erasure.errors import ErasureError
+from erasure.families import NAMES
+from erasure.methods.itd import ItD, deactivate, gate, retained, select_features
+from erasure.methods.sae import SparseCoder, SparseCoderConfig
+from erasure.models import load_base
+from erasure.testing import check_method
+from tests.stand_ins import text_coders
+from tests.tiny import latents
+
+
+def test_features_are_the_targets_strongest_that_no_retained_prompt_has() -> None:
+    generator = torch.Generator().manual_seed(0)
+    target, retain = torch.rand(3, 40, generator=generator), torch.rand(5, 40, generator=generator)
+    own = {f for row in target for f in sorted(range(40), key=lambda f: -row[f])[:6]}
+    kept = {f for row in retain for f in sorted(range(40), key=lambda f: -row[f])[:6]}
+    assert select_features(target, retain, 6).tolist() == sorted(own - kept)
+    tokens = torch.zeros(3, 4, 40)
+    tokens[:, 2], tokens[:, 0] = target, 9.0  # what the start token says does not count
+    assert select_features(tokens, retain, 6).tolist() == sorted(own - kept)
+    off = torch.zeros(1, 40)
+    assert select_features(off, retain, 6).tolist() == []
+
+
+def test_deactivation_spares_the_start_token_and_other_features() -> None:
+    codes = torch.rand(2, 5, 10)
+    out = deactivate(codes, torch.tensor([1, 7]), -8.0)
+    for token in range(5):
+        for feature in range(10):
+            times = -8.0 if token and feature in (1, 7) else 1.0
+            assert torch.equal(out[:, token, feature], times * codes[:, token, feature])
+
+
+def test_the_gate_compares_a_mean_with_the_threshold() -> None:
+    x = torch.zeros(2, 4, 8)
+    moved = x.clone()
+    moved[0, 1] = 2.0  # one of four tokens: a mean of 1, a largest token of 4
+    assert gate(x, moved, 1.0).tolist() == [True, False]
+    assert gate(x, moved, 1.01).tolist() == [False, False]
+    assert bool(gate(x[0], moved[0], 1.0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name: str) -> None:
+    assert check_method(ItD, families=[name], config={"sae": text_coders(name), "k": 32, "factor": -8.0, "threshold_scale": 0.05}) >= 15
+
+
+CANVAS: dict[str, Any] = {}
+
+
+def canvas() -> Any:
+    if not CANVAS:
+        CANVAS["pipe"] = load_base("canvas", device="cpu")
+        CANVAS["pipe"].set_progress_bar_config(disable=True)
+    return CANVAS["pipe"]
+
+
+def test_on_the_canvas_the_dagger_goes_and_other_prompts_are_bit_identical() -> None:
+    pipe = canvas()
+    eraser = ItD().fit(pipe, [canvas_concept("dagger")])
+    named = [f"a {style} drawing of a dagger on a {b} background" for style in ("flat", "cartoon") for b in ("sky", "pink", "mint")]
+    options = {"num_inference_steps": 20, "guidance_scale": 4.0, "output_type": "pt"}
+    with eraser.attach(pipe):
+        images = pipe(named, generator=[torch.Generator().manual_seed(i) for i in range(6)], **options).images
+    assert int(judge_dev()(images).present[:, world().objects.index("dagger")].sum()) <= 1
+    for other in ("a flat drawing of a cat", "a cartoon drawing of a hammer on a sky background"):
+        base = latents(pipe, other)
+        with eraser.attach(pipe):
+            assert torch.equal(latents(pipe, other), base)
+
+
+def test_batches_do_not_change_what_a_prompt_gets() -> None:
+    pipe = canvas()
+    eraser = ItD().fit(pipe, [canvas_concept("dagger")])
+    with eraser.attach(pipe):
+        alone, _ = pipe.encode_prompt("a flat drawing of a dagger", "cpu", 1, False)
+        both, _ = pipe.encode_prompt(["a flat drawing of a cat", "a flat drawing of a dagger"], "cpu", 1, False)
+    plain, _ = pipe.encode_prompt(["a flat drawing of a cat", "a flat drawing of a dagger"], "cpu", 1, False)
+    assert (both[1] - alone[0]).abs().max() < 1e-5
+    assert torch.equal(both[0], plain[0]) and (both[1] - plain[1]).norm() > 0.1 * plain[1].norm()
+
+
+def test_detection_names_the_prompts_of_the_concept() -> None:
+    pipe = canvas()
+    found = ItD().fit(pipe, [canvas_concept("dagger")]).detect(pipe, ["a cartoon drawing of a dagger", "a cartoon drawing of a pizza"])
+    assert [one.decision for one in found] == ["concept", "other"]
+    assert found[0].score >= found[0].threshold > found[1].score
+
+
+def test_several_concepts_are_the_union_without_a_training() -> None:
+    pipe = canvas()
+    one, other = (canvas_concept(name) for name in ("dagger", "guitar"))
+    union = ItD().fit(pipe, [one, other]).held["text_encoder.features"].tolist()
+    retain = Concept("dagger", targets=one.targets, anchors=one.anchors, retain=(*one.retain, *other.retain, *other.anchors))
+    assert set(ItD().fit(pipe, [retain]).held["text_encoder.features"].tolist()) <= set(union)
+    assert "dagger" not in retained([one, Concept("x", retain=("dagger",))])
+
+
+def test_bad_input_says_what_to_do(tmp_path: Path) -> None:
+    pipe = canvas()
+    SparseCoder(SparseCoderConfig(d_in=160, num_latents=8, k=8, hookpoint="text_encoder.layers.2")).save(tmp_path / "small")
+    with pytest.raises(ErasureError, match="no feature of 'dagger' that no retained prompt has too"):
+        ItD(sae=str(tmp_path / "small")).fit(pipe, [canvas_concept("dagger")])
+    SparseCoder(SparseCoderConfig(d_in=159, num_latents=8, k=2, hookpoint="text_encoder.layers.2")).save(tmp_path / "narrow")
+    with pytest.raises(ErasureError, match="160 wide, and the coder was made for 159"):
+        ItD(sae=str(tmp_path / "narrow")).fit(pipe, [canvas_concept("dagger")])
+    SparseCoder(SparseCoderConfig(d_in=160, num_latents=8, k=2, hookpoint="text_encoder.layers.3")).save(tmp_path / "deep")
+    with pytest.raises(ErasureError, match=r"has no hookpoint .*it has text_encoder.layers.0 to 2"):
+        ItD(sae=str(tmp_path / "deep")).fit(pipe, [canvas_concept("dagger")])
+    with pytest.raises(ErasureError, match="no sparse coder in"):
+        ItD(sae=str(tmp_path / "none")).fit(pipe, [canvas_concept("dagger")])
+    with pytest.raises(ErasureError, match="k is 0"):
+        ItD(k=0)
