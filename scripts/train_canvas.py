@@ -24,7 +24,7 @@ from canvas_training import art, flow, judges, t5, text, unet, vae
 from erasure.canvas.splits import splits, training_drawings
 from erasure.canvas.world import world
 
-SECONDS = {"vae": 660, "text": 150, "unet": 5100, "control": 2400, "t5": 150, "flow": 7200}
+SECONDS = {"vae": 660, "text": 150, "unet": 5100, "control": 2400, "t5": 150, "flow": 4500}
 JUDGE_STEPS = {"judge_dev": 2400, "judge_test": 2000}
 WEIGHTS = Path(__file__).parents[1] / "erasure/canvas/weights"
 log = logging.getLogger("canvas")

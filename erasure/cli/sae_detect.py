@@ -28,11 +28,15 @@ def detect(
     coder: Coder = Coder(),
     *,
     prompts: Annotated[
-        str, Parameter(help="File of prompts (.txt, .csv, .tsv, .json, .jsonl, .parquet), a suite, or - for standard input, one a line.")
+        str,
+        Parameter(
+            help="File of prompts (.txt, .csv, .tsv, .json, .jsonl, .parquet), a suite, or - for standard input, one a line.",
+            allow_leading_hyphen=True,
+        ),
     ],
     evaluate: Annotated[
         bool,
-        Parameter(help="Instead of each prompt, how well the suite's kinds are told apart: ROC-AUC with its 95 % interval.", negative=()),
+        Parameter(help="Print how well a suite's kinds are told apart instead: ROC-AUC with its 95 % interval.", negative=()),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -41,9 +45,7 @@ def detect(
     rows = asked(prompts, concepts)
     kinds = [kind for _, kind in rows]
     if evaluate and not any(kind in UNRELATED for kind in kinds):
-        raise ErasureError(
-            f"--evaluate compares kinds of prompts, and {prompts} has no {' or '.join(UNRELATED)} ones: give a suite such as canvas"
-        )
+        raise ErasureError(f"--evaluate compares kinds of prompts, and {prompts} has none that are unrelated: give a suite such as canvas")
     pipe = base.load()
     found = coder.method().fit(pipe, concepts).detect(pipe, [text for text, _ in rows])
     records = [{**asdict(one), **({"kind": kind} if kind else {})} for one, kind in zip(found, kinds, strict=True)]
@@ -74,7 +76,10 @@ def asked(source: str, concepts: tuple["Concept", ...]) -> list[tuple[str, str]]
         rows = [(row.prompt, row.kind) for row in suite.rows(concepts[0])]
     if not rows:
         raise ErasureError(f"{name} holds no prompts: a text file has one a line, a table a column named prompt")
-    return list({text: (text, kind) for text, kind in reversed(rows)}.values())[::-1]
+    first: dict[str, str] = {}
+    for text, kind in rows:
+        first.setdefault(text, kind)
+    return list(first.items())
 
 
 def measure(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

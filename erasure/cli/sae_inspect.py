@@ -150,7 +150,8 @@ def _page(
         for encoder, switch in eraser.switches(pipe, family_of(pipe))
     ]
     options = [f"--sae {shlex.quote(coder.sae)}"] if coder.sae else []
-    concept = [f"--concept {shlex.quote(one.name)}" for one in eraser.concepts]
+    words = [f"--concept {shlex.quote(one.name)}" for one in eraser.concepts]
+    command = [f"erasure sae inspect --model {shlex.quote(base.model)}", *words, *options, f"--k {eraser.method.k}", "--out page.html"]
     return {
         **plain,
         "title": f"Features of {names}",
@@ -160,9 +161,7 @@ def _page(
         "k": eraser.method.k,
         "together": strips[0],
         "sensitive": any(one.kind == "content" for one in eraser.concepts),
-        "command": " ".join(
-            [f"erasure sae inspect --model {shlex.quote(base.model)}", *concept, *options, f"--k {eraser.method.k}", "--out page.html"]
-        ),
+        "command": " ".join(command),
         "facts": {"factors": ", ".join(f"{f:g}" for f in FACTORS), "steps": steps or "no images", "seed": seed}
         | {"prompts read": "words of the fit side of the canvas" if base.model in EMBEDDED else "the concept's phrases"},
     }

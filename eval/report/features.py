@@ -15,8 +15,8 @@ def write_page(path: Path | str, page: dict[str, Any]) -> Path:
 
     page: ``title``, ``concept``, ``model``, ``coders`` (a line each), ``k``, ``features`` and ``spared`` as plain data, ``together`` (a
     strip or None), ``sensitive`` (images are blurred until clicked), ``command`` and ``facts``. A feature has ``index``, ``hookpoint``,
-    ``score``, ``concepts`` and ``shared`` (pairs of name and mean), ``prompts`` (``prompt``, ``peak``, ``tokens`` of ``text`` and ``code``), ``shown``
-    and ``strip``; a strip is what ``strip`` gives. Words in it are untrusted.
+    ``score``, ``concepts`` and ``shared`` (pairs of name and mean), ``prompts`` (``prompt``, ``peak``, ``tokens`` of ``text`` and
+    ``code``), ``shown`` and ``strip``; a strip is what ``strip`` gives. Words in it are untrusted.
     """
     environment = _environment()
     environment.filters |= {"code": code, "factor": lambda value: f"{value:g}".replace("-", "−")}
