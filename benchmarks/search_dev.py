@@ -18,8 +18,11 @@ from erasure.canvas.concepts import canvas_concept
 from erasure.canvas.judge_dev import judge_dev
 from erasure.canvas.splits import splits
 from erasure.canvas.world import article, fill, world
+from erasure.eval import generate
+from erasure.eval.rows import Row
 from erasure.eval.stats import wilson
-from erasure.models import load_base
+from erasure.eval.suite import load_suite
+from erasure.models import EMBEDDED, load_base
 from erasure.registry import methods
 
 GRIDS: dict[str, list[dict[str, Any]]] = {
@@ -66,6 +69,23 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"percentile": 99.5, "factor": -1.0, "rule": "paper"},
         {"percentile": 98.0, "factor": -2.0, "rule": "mean"},
     ],
+    "adv_unlearn": [{"preset": "canvas"}],
+    "conceptprune": [
+        {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4},
+        {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4, "base": "anchor"},
+        {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4, "ratio": 0.05},
+        {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4, "ratio": 0.05, "base": "anchor"},
+        {"sampling_steps": 20, "guidance": 4.0, "timesteps": 8, "ratio": 0.02, "agreement": 0.5, "base": "anchor"},
+        {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4, "ratio": 0.1, "agreement": 0.5, "base": "anchor"},
+    ],
+    "ssd_diffusion": [
+        {"guidance": 4.0, "sampling_steps": 20},
+        {"guidance": 4.0, "sampling_steps": 20, "share": 0.001},
+        {"guidance": 4.0, "sampling_steps": 20, "share": 0.01},
+        {"guidance": 4.0, "sampling_steps": 20, "share": 0.01, "part": "kv"},
+        {"guidance": 4.0, "sampling_steps": 20, "share": 0.05, "part": "kv"},
+        {"guidance": 4.0, "sampling_steps": 20, "share": 0.05, "part": "x"},
+    ],
     "perp_neg": [{}, {"weight": 1.0}, {"weight": 4.0}, {"negatives": "each"}],
 }
 assert all(len(grid) <= 12 for grid in GRIDS.values())
@@ -88,8 +108,10 @@ def prompts(concept: str, n: int) -> tuple[list[str], list[str], list[int]]:
 
 def draw(pipe: Any, texts: list[str], first_seed: int) -> Tensor:
     seeds = splits().seeds("dev")[first_seed : first_seed + len(texts)]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return pipe(texts, num_inference_steps=20, guidance_scale=4.0, generator=generators, output_type="pt").images
+    protocol = load_suite("canvas").fitting(pipe).protocol
+    rows = [Row(id=str(seed), kind="other", prompt=text, seed=seed) for text, seed in zip(texts, seeds, strict=True)]
+    with generate.under(pipe, protocol):
+        return generate.draw(pipe, rows, protocol)
 
 
 def measure(pipe: Any, concept: str, n: int) -> dict[str, Any]:
@@ -110,6 +132,7 @@ def measure(pipe: Any, concept: str, n: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("methods", nargs="+", choices=list(GRIDS))
+    parser.add_argument("--model", choices=EMBEDDED, default="canvas")
     parser.add_argument("--concepts", nargs="+", default=["dagger"])
     parser.add_argument("--n", type=int, default=40, help="images a side")
     parser.add_argument("--anchor", help="what the concepts become, instead of the canvas's own choice")
@@ -117,7 +140,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if wrong := set(arguments.concepts) - set(splits().dev):
         parser.error(f"not dev concepts: {', '.join(sorted(wrong))}")
-    pipe = load_base("canvas", device="cpu")
+    pipe = load_base(arguments.model, device="cpu")
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for concept in arguments.concepts:

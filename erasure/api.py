@@ -26,13 +26,14 @@ def erase(pipe: Any, concept: Concept | Sequence[Concept], method: str = "uce", 
     return eraser
 
 
-def load(folder: str | Path | Sequence[str | Path], base: Any, **options: Any) -> Any:
+def load(folder: str | Path | Sequence[str | Path], base: Any, *, component: str | None = None, **options: Any) -> Any:
     """The base with the artefact of ``folder`` attached and checked: an ordinary diffusers pipeline. Anything wrong raises.
 
     Several folders: each is checked on the bare base, and all are attached in their order. ``base``: a pipeline, or what
-    `load_base` takes, with its ``options``.
+    `load_base` takes, with its ``options``. ``component``: what alone must be that of the artefact's base, where the artefact changes
+    nothing else: an erased text encoder plugs into every pipeline that has the same one.
     """
     pipe = load_base(str(base), **options) if isinstance(base, str | Path) else base
     folders = [folder] if isinstance(folder, str | Path) else list(folder)
-    attach_for_good(compose(*(check(each, pipe)[0] for each in folders)), pipe)
+    attach_for_good(compose(*(check(each, pipe, component=component)[0] for each in folders)), pipe)
     return pipe

@@ -144,20 +144,37 @@ def load_eraser(folder: str | Path) -> tuple[Eraser, dict[str, Any]]:
     return eraser, config
 
 
-def check(folder: str | Path, pipe: Any, *, always_canary: bool = False) -> tuple[Eraser, dict[str, Any]]:
-    """The eraser of an artefact that fits ``pipe`` (fingerprint, changed tensors, canary), and a report; ``pipe`` is left as it was."""
+def check(folder: str | Path, pipe: Any, *, always_canary: bool = False, component: str | None = None) -> tuple[Eraser, dict[str, Any]]:
+    """The eraser of an artefact that fits ``pipe`` (fingerprint, changed tensors, canary), and a report; ``pipe`` is left as it was.
+
+    ``component``: the only one that the artefact changes, and the only one that must be its base's (a text encoder that pipelines of
+    several families share). How far the canary moves depends on the rest, so there it must only move.
+    """
     eraser, config = load_eraser(folder)
+    if component is not None:
+        _changes_only(eraser, component, str(folder))
     if vars(pipe).get("_erasers"):
         raise ArtifactError(f"{folder} is checked against a bare base, and this pipeline has an eraser attached: detach it first")
-    left_out = fingerprint.check(pipe, config["base"], str(folder))
+    left_out = fingerprint.check(pipe, config["base"], str(folder), component)
     matches = f"matches; quantised and not compared: {', '.join(left_out)}" if left_out else "matches"
     report: dict[str, Any] = {"artefact": str(folder), "method": config["method"], "files": len(config["files"]), "fingerprint": matches}
     if isinstance(eraser, WeightEraser):
         report["changed_tensors"] = fingerprint.count_changed(pipe, eraser.values(pipe), str(folder))
     size = sum(p.numel() for _, denoiser in eraser.method.family(pipe).parts(pipe) for p in denoiser.parameters())
     if always_canary or size < CANARY_AT_LOAD:
-        report["canary"] = canary.check(pipe, eraser, config["canary"], str(folder), quantised=bool(left_out))
+        if component is None:
+            report["canary"] = canary.check(pipe, eraser, config["canary"], str(folder), quantised=bool(left_out))
+        else:
+            report["canary"] = canary.measure(pipe, eraser)
     return eraser, report
+
+
+def _changes_only(eraser: Eraser, component: str, source: str) -> None:
+    """Raise unless a weight eraser changes that component and no other."""
+    if not isinstance(eraser, WeightEraser):
+        raise ArtifactError(f"{source}: {eraser.method.name} is no change of weights of one component; load it onto its own base")
+    if (found := {name.partition(".")[0] for name in eraser.writes()}) != {component}:
+        raise ArtifactError(f"{source}: {eraser.method.name} changes {', '.join(sorted(found))}, not {component} alone")
 
 
 def verify(folder: str | Path, pipe: Any) -> dict[str, Any]:

@@ -138,6 +138,8 @@ def _twin(pipe: Any, family: Family) -> Any:
     given = {key: value for key, value in {**pipe.config, **pipe.components}.items() if key in known}
     twin = cls(**given | {"scheduler": _sampler(pipe.scheduler)})
     twin.set_progress_bar_config(disable=True)
+    if hasattr(pipe, "default_sample_size"):
+        twin.default_sample_size = pipe.default_sample_size
     return twin
 
 

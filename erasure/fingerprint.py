@@ -51,13 +51,17 @@ def quantised(pipe: Any) -> set[str]:
     return {name for name in names if (module := getattr(pipe, name)) is not None and not all(map(plain, module.parameters()))}
 
 
-def check(pipe: Any, expected: Mapping[str, Any], source: str) -> list[str]:
+def check(pipe: Any, expected: Mapping[str, Any], source: str, component: str | None = None) -> list[str]:
     """Raise unless ``pipe`` is the base that ``expected`` was taken from; gives the quantised components, which are left out.
 
-    At least one component must compare: the text encoders, as a rule, where the denoiser is quantised.
+    At least one component must compare: the text encoders, as a rule, where the denoiser is quantised. ``component``: compare that alone,
+    in whatever family of pipelines.
     """
     found, left_out = take(pipe), quantised(pipe)
-    if found["family"] != expected["family"]:
+    if component is not None:
+        found, expected = _alone(found, component, "this pipeline"), _alone(expected, component, f"the base of {source}")
+        left_out &= {component}
+    elif found["family"] != expected["family"]:
         raise WrongBase(
             f"{source} was made for the family {expected['family']}, this pipeline is {found['family']}: "
             f"give its base, {expected.get('id')!r}, as --model"
@@ -86,6 +90,13 @@ def check(pipe: Any, expected: Mapping[str, Any], source: str) -> list[str]:
                 "another model; give that base as --model"
             )
     return sorted(left_out)
+
+
+def _alone(of: Mapping[str, Any], component: str, owner: str) -> dict[str, Any]:
+    """A fingerprint of one component."""
+    if component not in of["components"]:
+        raise WrongBase(f"{owner} has no component {component!r}; it has {', '.join(of['components'])}")
+    return {**of, "components": {component: of["components"][component]}}
 
 
 def count_changed(pipe: Any, changed: Mapping[str, Tensor], source: str) -> int:

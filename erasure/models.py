@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from .errors import ErasureError
 from .registry import unknown
 
-EMBEDDED = {"canvas": "weights/canvas"}
+EMBEDDED = {"canvas": "weights/canvas", "canvas-flow": "weights/canvas-flow"}
 PICKLES = (".ckpt", ".pt", ".bin", ".pth")
 
 
@@ -33,6 +33,8 @@ def load_base(model: str, *, device: str | None = None, dtype: str | torch.dtype
     options: dict[str, Any] = {"use_safetensors": True, dtype_keyword(): torch_dtype}
     if model in EMBEDDED:
         pipe = DiffusionPipeline.from_pretrained(str(files("erasure.canvas").joinpath(EMBEDDED[model])), **options)
+        if hasattr(pipe, "default_sample_size"):  # FLUX's pipeline has that of its first checkpoint, whatever it loads
+            pipe.default_sample_size = pipe.vae.config.sample_size // pipe.vae_scale_factor
     elif model.endswith(".safetensors"):
         if not Path(model).is_file():
             raise ErasureError(f"no checkpoint file {model}; check the path")

@@ -138,9 +138,27 @@ methods = Registry(
             "weights",
             TRAINED,
         ),
+        "adv_unlearn": Entry(
+            "erasure.methods.adv_unlearn:AdvUnlearn",
+            "AdvUnlearn: the text encoder trained against attacks on the prompt's token embeddings",
+            "weights",
+            TRAINED,
+        ),
         "minimalist": Entry(
             "erasure.methods.masking:Minimalist",
             "Minimalist Concept Erasure: the fewest heads, neurons and norms switched off, trained through the whole sampler",
+            "weights",
+            TRAINED,
+        ),
+        "conceptprune": Entry(
+            "erasure.methods.conceptprune:ConceptPrune",
+            "ConceptPrune: feed-forward weights that the concept excites more than other prompts, pruned",
+            "weights",
+            TRAINED,
+        ),
+        "ssd_diffusion": Entry(
+            "erasure.methods.ssd:SSD",
+            "Selective synaptic dampening, our transfer to diffusion: weights that matter most for the concept, shrunk",
             "weights",
             TRAINED,
         ),

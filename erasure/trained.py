@@ -51,10 +51,13 @@ class Session:
     """Closed when training ends."""
 
     def pool(self, prompts: Sequence[str], images: int, *, steps: int, guidance: float, batch: int, whole: bool = False) -> "Pool":
-        """That many images that the base makes of prompts in turn, each from a seed of its own; ``whole``: with the way to each."""
+        """That many images that the base makes of prompts, each from a seed of its own; ``whole``: with the way to each.
+
+        Prompts take turns; where there are more than images, those at even distances, since all templates of a phrase stand together.
+        """
         draw = torch.Generator().manual_seed(self.run.seed)
         seeds = torch.randint(2**31, (images,), generator=draw).tolist()
-        texts = [prompts[i % len(prompts)] for i in range(images)]
+        texts = [prompts[i * len(prompts) // images if len(prompts) > images else i % len(prompts)] for i in range(images)]
         made, t = [], torch.zeros(0)
         with self.tuned.reference():
             for start in tqdm(range(0, images, batch), desc="samples", disable=not self.run.progress):

@@ -98,8 +98,10 @@ def draw(pipe: Any, rows: Sequence[Row], protocol: Protocol) -> Tensor:
         "output_type": "pt",
         **call_options(pipe),
     }
-    if protocol.negative_prompt is not None:
-        arguments["negative_prompt"] = [protocol.negative_prompt] * len(rows)
+    if protocol.true_cfg is not None:
+        arguments["true_cfg_scale"] = protocol.true_cfg
+    if protocol.negative_prompt is not None or protocol.true_cfg is not None:
+        arguments["negative_prompt"] = [protocol.negative_prompt or ""] * len(rows)
     if protocol.frames is None:
         images = pipe(**arguments).images.detach().float().cpu()
     else:

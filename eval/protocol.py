@@ -30,6 +30,8 @@ class Protocol(BaseModel):
     width: int = Field(gt=0)
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     negative_prompt: str | None = None
+    true_cfg: float | None = Field(default=None, gt=1)
+    """Guidance away from the negative prompt (an empty one, if none is given) in pipelines that have it beside their own, as FLUX.1."""
     frames: int | None = Field(default=None, gt=0)
     """Frames of a video; None where a row is one image."""
     judge: str | None = None
@@ -67,7 +69,7 @@ class Protocol(BaseModel):
     @property
     def _unset(self) -> set[str]:
         """Fields that came after the first results and say nothing here; left out, so that hashes of old results stay."""
-        return set() if self.frames else {"frames"}
+        return {field for field in ("frames", "true_cfg") if getattr(self, field) is None}
 
 
 def is_flow(scheduler: Any) -> bool:

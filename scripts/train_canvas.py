@@ -95,6 +95,8 @@ def package(pipe: DiffusionPipeline, target: Path) -> None:
     for path in target.rglob("config.json"):  # where the parts came from is nobody's business
         config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    index = target / "model_index.json"  # the names that transformers 4 has too
+    index.write_text(index.read_text().replace('"T5Tokenizer"', '"T5TokenizerFast"'))
     size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     log.info("packaged %.1f MB in %s", size / 1e6, target.name)
 

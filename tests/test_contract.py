@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "esd": {**TINY, "steps": 2, "lr": 0.05, "eta": 3.0},
     "concept_ablation": {**TINY, "steps": 3, "lr": 0.1, "retain_scale": 0.0},
     "salun": {**TINY, "steps": 2, "lr": 0.02},
+    "adv_unlearn": {**TINY, "steps": 2, "lr": 0.05, "eta": 3.0, "warmup": 1, "attack_steps": 1, "retain_batch": 1},
     "itd": {"k": 32, "factor": -8.0, "threshold_scale": 0.05},
     "conceptprune": {"size": 16, "images": 2, "sampling_steps": 4, "timesteps": 2, "ratio": 0.3},
     "ssd_diffusion": {"size": 16, "images": 2, "draws": 1, "sampling_steps": 2, "alpha": 2.0},

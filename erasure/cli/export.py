@@ -36,7 +36,7 @@ class From:
     """The base model, in the format that the export asks for."""
 
     model: str
-    """Embedded model ("canvas"), hub id, diffusers folder or .safetensors checkpoint."""
+    """Embedded model ("canvas", "canvas-flow"), hub id, diffusers folder or .safetensors checkpoint."""
     base_config: str | None = None
     """Folder with the configuration of a single-file checkpoint."""
     device: str | None = None

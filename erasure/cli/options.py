@@ -40,7 +40,7 @@ class Base:
     """The base model."""
 
     model: str
-    """Embedded model ("canvas"), hub id, diffusers folder or .safetensors checkpoint."""
+    """Embedded model ("canvas", "canvas-flow"), hub id, diffusers folder or .safetensors checkpoint."""
     base_config: str | None = None
     """Folder with the configuration of a single-file checkpoint."""
     device: str | None = None

@@ -28,7 +28,7 @@ class OnCanvas(Base):
     """The base model; the canvas, whose coder ships, unless another is named."""
 
     model: str = "canvas"
-    """Embedded model ("canvas"), hub id, diffusers folder or .safetensors checkpoint."""
+    """Embedded model ("canvas", "canvas-flow"), hub id, diffusers folder or .safetensors checkpoint."""
 
 
 @Parameter(name="*")

@@ -133,12 +133,10 @@ def test_auc_is_the_mann_whitney_share_with_ties_as_halves(m: int, n: int) -> No
             assert abs(limit - area) == pytest.approx(norm.ppf(0.975) * np.sqrt(hanley_mcneil(limit, m, n)), abs=1e-6)
 
 
-def test_auc_agrees_with_sklearn_and_changes_sides() -> None:
-    sklearn = pytest.importorskip("sklearn.metrics")
+def test_auc_changes_sides_with_its_interval() -> None:
     rng = np.random.default_rng(0)
     positive, negative = rng.normal(1, 1, 30), rng.normal(0, 1, 50)
     area, low, high = stats.auc(positive, negative)
-    assert area == pytest.approx(sklearn.roc_auc_score([1] * 30 + [0] * 50, [*positive, *negative]))
     assert stats.auc(negative, positive) == pytest.approx((1 - area, 1 - high, 1 - low), abs=1e-9)
 
 
