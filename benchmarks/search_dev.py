@@ -22,6 +22,7 @@ from erasure.eval import generate
 from erasure.eval.rows import Row
 from erasure.eval.stats import wilson
 from erasure.eval.suite import load_suite
+from erasure.method import Run
 from erasure.models import EMBEDDED, load_base
 from erasure.registry import methods
 
@@ -70,6 +71,28 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"percentile": 98.0, "factor": -2.0, "rule": "mean"},
     ],
     "adv_unlearn": [{"preset": "canvas"}],
+    "esd": [
+        {"preset": "canvas"},
+        {"preset": "canvas", "start": "anchor"},
+        {"preset": "canvas", "part": "full"},
+        {"preset": "canvas", "part": "full", "start": "anchor"},
+        {"preset": "canvas", "part": "full", "start": "anchor", "steps": 400},
+    ],
+    "concept_ablation": [
+        {"preset": "canvas"},
+        {"preset": "canvas", "part": "x"},
+        {"preset": "canvas", "part": "full", "lr": 1e-4},
+        {"preset": "canvas", "steps": 600},
+    ],
+    "salun": [{"preset": "canvas"}, {"preset": "canvas", "retain_scale": 1.0}, {"preset": "canvas", "steps": 600, "retain_scale": 1.0}],
+    "safety_dpo": [
+        {"preset": "canvas"},
+        {"preset": "canvas", "beta": 500.0},
+        {"preset": "canvas", "rank": 16},
+        {"preset": "canvas", "steps": 600},
+        {"preset": "canvas", "retain_scale": 10.0},
+    ],
+    "gs_lora": [{"preset": "canvas"}, {"preset": "canvas", "bound": 0.5}, {"preset": "canvas", "alpha": 1e-2}],
     "conceptprune": [
         {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4},
         {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4, "base": "anchor"},
@@ -136,6 +159,7 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", default=["dagger"])
     parser.add_argument("--n", type=int, default=40, help="images a side")
     parser.add_argument("--anchor", help="what the concepts become, instead of the canvas's own choice")
+    parser.add_argument("--first", action="store_true", help="only the first configuration of each method")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if wrong := set(arguments.concepts) - set(splits().dev):
@@ -144,14 +168,17 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for concept in arguments.concepts:
-        cases = [("base", None), *((name, config) for name in arguments.methods for config in GRIDS[name])]
+        cases = [
+            ("base", None),
+            *((name, config) for name in arguments.methods for config in GRIDS[name][: 1 if arguments.first else None]),
+        ]
         for name, config in cases:
             if config is None:
                 figures = measure(pipe, concept, arguments.n)
             else:
                 target = canvas_concept(concept)
                 target = target if arguments.anchor is None else replace(target, anchors=(arguments.anchor,))
-                eraser = methods.get(name).from_config(config).fit(pipe, [target])
+                eraser = methods.get(name).from_config(config).fit(pipe, [target], run=Run(progress=False))
                 with eraser.attach(pipe):
                     figures = measure(pipe, concept, arguments.n)
             rows.append({"concept": concept, "method": name, "config": config, **figures})

@@ -105,7 +105,7 @@ def cases() -> dict[str, tuple[str, dict[str, Any]]]:
         if not methods.get(name).trained or not {"steps", "lr"} <= known:
             continue
         found[name] = (name, {key: value for key, value in SMALL.items() if key in known} | OWN.get(name, {}))
-        if isinstance(methods.get(name), type) and issubclass(methods.get(name), LowRankMethod):
+        if issubclass(methods.get(name), LowRankMethod) and methods.get(name).rank is None:
             found[f"{name}, LoRA"] = (name, found[name][1] | {"rank": RANK})
         for title, more in ATTEMPTS.get(name, {}).items():
             found[f"{name}, {title}"] = (name, found[name][1] | more)

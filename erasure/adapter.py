@@ -25,6 +25,8 @@ class AdapterEraser(Eraser):
 
     kind: ClassVar[str] = "adapter"
     factors: Mapping[str, Tensor] = field(repr=False)
+    notes: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Tables for the card: see ``details``."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,3 +45,6 @@ class AdapterEraser(Eraser):
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.factors)
+
+    def details(self) -> dict[str, Any]:
+        return dict(self.notes)

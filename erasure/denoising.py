@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from PIL.Image import Image
 from torch import Tensor
 
 from .diffusion import Schedule, generators, partial, prediction_of
@@ -99,6 +100,21 @@ class Denoising:
         )  # fmt: skip
         return torch.stack(states, dim=1), torch.as_tensor(self.pipe.scheduler.timesteps).float()
 
+    @torch.no_grad()
+    def drawn(self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float) -> tuple[Tensor, list[Image]]:
+        """Clean latents [n, ...] of guided runs, and the images that they decode to."""
+        last: list[Tensor] = []
+
+        def keep(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+            last[:] = [values["latents"]]
+            return values
+
+        images: list[Image] = self.pipe(
+            list(prompts), num_inference_steps=steps, generator=generators(seeds), callback_on_step_end=keep,
+            callback_on_step_end_tensor_inputs=["latents"], **self._options(len(prompts), guidance),
+        ).images  # fmt: skip
+        return last[0], images
+
     def timesteps(self, n: int, generator: torch.Generator) -> Tensor:
         """Random timesteps [n] of the training schedule: whole ones, or for flows any between."""
         top = self.pipe.scheduler.config.num_train_timesteps
@@ -132,10 +148,14 @@ class Denoising:
 
 
 def _twin(pipe: Any, family: Family) -> Any:
-    """A text-to-image pipeline of the family with the parts of ``pipe`` and a plain sampler; ``from_pipe`` would cast shared weights."""
+    """A text-to-image pipeline of the family with the parts of ``pipe`` and a plain sampler; ``from_pipe`` would cast shared weights.
+
+    It has no safety checker, since what is to be unlearned has to be seen.
+    """
     cls = getattr(diffusers, family.pipelines[0])
     known = inspect.signature(cls.__init__).parameters
     given = {key: value for key, value in {**pipe.config, **pipe.components}.items() if key in known}
+    given |= {key: value for key, value in {"safety_checker": None, "requires_safety_checker": False}.items() if key in known}
     twin = cls(**given | {"scheduler": _sampler(pipe.scheduler)})
     twin.set_progress_bar_config(disable=True)
     if hasattr(pipe, "default_sample_size"):

@@ -144,6 +144,18 @@ methods = Registry(
             "weights",
             TRAINED,
         ),
+        "safety_dpo": Entry(
+            "erasure.methods.safety_dpo:SafetyDPO",
+            "SafetyDPO: a LoRA expert that prefers the base's safe image to its unsafe one; experts merge",
+            "weights or adapter",
+            TRAINED,
+        ),
+        "gs_lora": Entry(
+            "erasure.methods.gs_lora:GSLoRA",
+            "GS-LoRA, our transfer to diffusion: group-sparse LoRA on feed-forward layers, concepts forgotten one after another",
+            "adapter",
+            TRAINED,
+        ),
         "minimalist": Entry(
             "erasure.methods.masking:Minimalist",
             "Minimalist Concept Erasure: the fewest heads, neurons and norms switched off, trained through the whole sampler",

@@ -19,7 +19,7 @@ from .denoising import Denoising
 from .errors import ErasureError, NotErased
 from .families import Family
 from .method import ErasureMethod, Run, WeightEraser
-from .training import Loss, train
+from .training import Callback, Loss, train
 from .tuning import Part, Tuned
 
 T = TypeVar("T")
@@ -164,6 +164,10 @@ class TrainedMethod(ErasureMethod):
         """Further arguments of ``train``."""
         return {}
 
+    def watchers(self, tuned: Tuned) -> tuple[Callback, ...]:
+        """What else has to happen after each step."""
+        return ()
+
     def fit(self, pipe: Any, concepts: Sequence[Concept], *, run: Run = Run()) -> WeightEraser:
         tensors = self.run(pipe, concepts, run)
         return WeightEraser(self, tuple(concepts), tensors)
@@ -192,7 +196,7 @@ class TrainedMethod(ErasureMethod):
             train(
                 tuned.parameters, self.objective(session), steps=self.steps, lr=self.lr, seed=run.seed, accumulation=self.accumulation,
                 precision=self.precision, ceiling=CEILING, checkpoint=run.checkpoint, save_every=SAVE_EVERY, settings=agreed,
-                callbacks=(bar, *run.callbacks), **self.optimiser(),
+                callbacks=(*self.watchers(tuned), bar, *run.callbacks), **self.optimiser(),
             )  # fmt: skip
             return tuned.tensors()
 

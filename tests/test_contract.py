@@ -33,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "itd": {"k": 32, "factor": -8.0, "threshold_scale": 0.05},
     "conceptprune": {"size": 16, "images": 2, "sampling_steps": 4, "timesteps": 2, "ratio": 0.3},
     "ssd_diffusion": {"size": 16, "images": 2, "draws": 1, "sampling_steps": 2, "alpha": 2.0},
+    "safety_dpo": {**TINY, "steps": 4, "lr": 0.2, "beta": 50.0, "warmup": 0},
+    "gs_lora": {**TINY, "steps": 3, "lr": 0.05, "rank": 2},
     "minimalist": {**TINY, "accumulation": 1, "steps": 6, "lr": 1.5, "budget": 0.3},
     "saeuron": {"sae": unet_coder(), "images": 1, "steps": 2, "percentile": 80.0, "factor": -20.0},
 }

@@ -308,6 +308,7 @@ from tests.test_training import Toy
 toy = Toy()
 log = toy.train(steps=4)
 torch.save((toy.weights(), log.losses), sys.argv[1])
+torch.distributed.destroy_process_group()  # its threads would outlive the interpreter now and then
 """
 
 

@@ -22,6 +22,10 @@ EXAMPLES = {
         "erasure export out/dagger-uce --model canvas --format lora --error 0.05 --out out/dagger-lora",
         "erasure export out/dagger-uce --model canvas --format single --out out/dagger-checkpoint",
     ),
+    "merge": (
+        "erasure merge out/knife-dpo out/dagger-dpo --model canvas --out out/weapons-dpo",
+        "erasure merge out/knife-dpo out/dagger-dpo --model canvas --rule ties --density 0.3 --rank 8 --out out/weapons-dpo --json",
+    ),
     "generate": (
         "erasure generate out/dagger-uce --model canvas --suite canvas --out out/eval --shard 1/4",
         "erasure generate base --model canvas --concept dagger --suite canvas --out out/eval --dry-run",

@@ -24,6 +24,7 @@ VERBS = {
     "erase": ("erase:app", "Fit a method on concepts and save the artefact."),
     "verify": ("verify:verify", "Check an artefact on its base: schema, hashes, fingerprint, changed tensors and canary."),
     "export": ("export:export", "Write an artefact in a form that other tools load, and compare that with the attached eraser."),
+    "merge": ("merge:merge", "Merge LoRA experts into one artefact."),
     "generate": ("generate:generate", "Make a suite's images with an artefact, or with the base."),
     "evaluate": ("evaluate:evaluate", "Score an artefact on a suite against the base."),
     "compare": ("compare:compare", "Compare results of one protocol, side by side."),
@@ -31,7 +32,7 @@ VERBS = {
     "bench": ("bench:bench", "Erase, generate, score and compare, from nothing to table and report."),
 }
 """Verb -> where it is, and what it does; imported when it is called."""
-ALONE = ("erase", "export", "bench")
+ALONE = ("erase", "export", "merge", "bench")
 """Verbs whose work no launcher can share."""
 
 app = App(

@@ -63,7 +63,7 @@ def test_every_verb_has_examples_of_its_own_and_is_described_once():
 
 def field_docs(cls: type) -> dict[str, str]:
     """The string under each field, its own or inherited, on one line."""
-    classes = [base for base in cls.__mro__ if is_dataclass(base)]
+    classes = [base for base in reversed(cls.__mro__) if is_dataclass(base)]  # a class has the last word on its own
     body = [line for base in classes for line in ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body]  # type: ignore[attr-defined]
     return {
         field.target.id: " ".join(ast.literal_eval(doc.value).split())
