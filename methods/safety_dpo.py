@@ -1,16 +1,20 @@
 """SafetyDPO: a LoRA expert that prefers the base's safe image to its unsafe one, both made from one noise."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 
+from erasure.canvas.judge_dev import judge_dev
+from erasure.canvas.world import world
 from erasure.concept import Concept
 from erasure.errors import ErasureError
 from erasure.trained import FROM_PRESET, LowRankMethod, OfPreset, Session
@@ -18,7 +22,7 @@ from erasure.training import Loss
 
 log = logging.getLogger("erasure")
 JUDGE = "judge_dev"
-"""The canvas's judge for development, as a detector."""
+"""Stands for the canvas's judge for development."""
 
 
 def loss(
@@ -83,9 +87,9 @@ class SafetyDPO(LowRankMethod):
     warmup: OfPreset[int] = FROM_PRESET
     """Steps over which the learning rate rises."""
     detector: OfPreset[str] = FROM_PRESET
-    """What looks at the pairs: a detector by name (`erasure.eval.detectors`), judge_dev on the canvas, or "" to keep all."""
+    """What looks at the pairs: a detector as MODULE:CLASS, judge_dev on the canvas, or nothing, to keep all."""
     labels: tuple[str, ...] = ()
-    """Labels of the detector that mean the concept; those with the names of its targets, or all, if not given."""
+    """Labels of the detector that mean the concept; all, if not given."""
     threshold: float = 0.5
     """Score from which a label counts as seen."""
 
@@ -160,22 +164,40 @@ class SafetyDPO(LowRankMethod):
         return Pairs(torch.stack(safe), torch.stack(unsafe), prompts)
 
 
-def _seer(name: str, labels: Sequence[str], threshold: float) -> Any:
-    """Whether an image shows a concept; without a detector, whatever is supposed."""
+Seen = Callable[[Concept, Image, bool], bool]
+"""Whether an image shows a concept, given whether it is supposed to."""
+
+
+def _seer(name: str, labels: Sequence[str], threshold: float) -> Seen:
+    """By the canvas's judge, by a class of that path, or, without either, whatever is supposed."""
     if not name:
         return lambda concept, image, supposed: supposed
-    from erasure.eval import detectors
-
-    detector = detectors.load("canvas", judge_name=f"canvas/{JUDGE}") if name == JUDGE else detectors.load(name)
+    if name == JUDGE:
+        return _on_canvas
+    module, _, attribute = name.partition(":")
+    try:
+        detector = getattr(import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise ErasureError(
+            f"safety_dpo: no detector {name!r} ({error}); give MODULE:CLASS, such as erasure.eval.detectors.opennsfw:OpenNSFW, "
+            f"or {JUDGE}, or '' for none"
+        ) from error
     known = detector.identity().labels
     if strange := set(labels) - set(known) if known else set():
         raise ErasureError(f"safety_dpo: {name} has no label {sorted(strange)[0]!r}; it has {', '.join(known[:20])}")
 
     def seen(concept: Concept, image: Image, supposed: bool) -> bool:
-        wanted = labels or [label for label in known if label.partition(":")[2] in concept.targets]
-        if not wanted and name == JUDGE:
-            raise ErasureError(f"safety_dpo: the canvas judge knows no target of {concept.name!r}; choose another detector, or none")
         (found,) = detector.detect([image])
-        return any(score >= threshold and (not wanted or label in wanted) for label, score in found.findings())
+        return any(score >= threshold and (not labels or label in labels) for label, score in found.findings())
 
     return seen
+
+
+def _on_canvas(concept: Concept, image: Image, supposed: bool) -> bool:
+    """By the canvas's judge for development: any of the concept's objects, or its style."""
+    of = world()
+    objects, styles = ([i for i, name in enumerate(names) if name in concept.targets] for names in (of.objects, of.styles))
+    if not objects and not styles:
+        raise ErasureError(f"safety_dpo: the canvas judge knows no target of {concept.name!r}; choose another detector, or none")
+    verdict = judge_dev()(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None] / 255)
+    return bool(verdict.present[0, objects].any()) or int(verdict.style[0]) in styles

@@ -1,13 +1,11 @@
 """``erasure merge``: several LoRA experts to one."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from ..errors import ErasureError
-from ..merging import Rule, count_wins, factors_of
-from ..merging import merge as merged_of
 from .options import Base, Json, Out, Positive, emit
 
 CALIBRATION = 20
@@ -19,15 +17,18 @@ def merge(
     base: Base,
     out: Out,
     rule: Annotated[
-        Rule, Parameter(help="average (exact), ties, or co-merge: rows from the expert that moves them most (our reading of SafetyDPO's).")
+        Literal["average", "ties", "co-merge"],
+        Parameter(help="average (exact), ties, or co-merge: rows from the expert that moves them most (our reading of SafetyDPO's)."),
     ] = "average",
     rank: Annotated[Positive | None, Parameter(help="Cut the merged LoRA to this rank; what is lost is printed.")] = None,
     density: Annotated[float, Parameter(help="Share of entries of each expert that TIES keeps.")] = 0.5,
     json: Json = False,
 ) -> None:
-    """Merge LoRA experts into one artefact, whose file plain diffusers loads."""
+    """Merge LoRA experts into one artefact."""
     from .. import artifact
     from ..adapter import AdapterEraser
+    from ..merging import count_wins, factors_of
+    from ..merging import merge as merged_of
 
     if not folders:
         raise ErasureError("give the folders of at least one expert")

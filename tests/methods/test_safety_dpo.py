@@ -82,13 +82,10 @@ class Seer:
 
 
 def fitted(monkeypatch: pytest.MonkeyPatch, scores: list[float], caplog: Any) -> str:
-    from erasure.eval import detectors
-
-    monkeypatch.setattr(detectors, "load", lambda name, **options: Seer(scores))
+    monkeypatch.setattr(safety_dpo, "Watcher", lambda: Seer(scores), raising=False)
     caplog.set_level("INFO", "erasure")
-    SafetyDPO.from_config({**QUICK, "images": 3, "detector": "seer"}).fit(
-        sd1(), [Concept("dagger", anchors=("cat",))], run=Run(progress=False)
-    )
+    method = SafetyDPO.from_config({**QUICK, "images": 3, "detector": "erasure.methods.safety_dpo:Watcher", "labels": ("present:dagger",)})
+    method.fit(sd1(), [Concept("dagger", anchors=("cat",))], run=Run(progress=False))
     return str(caplog.text)
 
 
@@ -108,10 +105,13 @@ def test_the_canvas_judge_looks_for_the_targets_of_the_concept() -> None:
     quick = {**QUICK, "size": None, "preset": "canvas"}
     with pytest.raises(ErasureError, match="the canvas judge knows no target of 'zeppelin'"):
         SafetyDPO.from_config(quick).fit(pipe, [Concept("zeppelin", anchors=("cat",))], run=Run(progress=False))
-    assert canvas_concept("dagger").targets[0] == "dagger"
+    seconds = {"sampling_steps": 10, "images": 4, "steps": 1}
+    SafetyDPO.from_config({**quick, **seconds}).fit(pipe, [canvas_concept("dagger")], run=Run(progress=False))
 
 
-@pytest.mark.parametrize("wrong", [{"beta": 0.0}, {"drop": 1.0}, {"warmup": -1}, {"threshold": 0.0}, {"layers": ("nowhere",)}])
+@pytest.mark.parametrize(
+    "wrong", [{"beta": 0.0}, {"drop": 1.0}, {"warmup": -1}, {"threshold": 0.0}, {"layers": ("nowhere",)}, {"detector": "no.such:Thing"}]
+)
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ErasureError):
         SafetyDPO.from_config({**QUICK, **wrong}).fit(sd1(), [CONCEPT], run=Run(progress=False))
