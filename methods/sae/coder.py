@@ -67,8 +67,8 @@ def abstopk(pre: Tensor, k: int) -> Tensor:
 class SparseCoder(nn.Module):
     """codes = activation(W_enc (x - b_dec) + b_enc); x ~ codes W_dec + b_dec, with rows of W_dec [num_latents, d_in] of norm 1.
 
-    The layout and the names of the tensors are sparsify's (EleutherAI): ``encoder.weight``, ``encoder.bias``, ``W_dec``, ``b_dec``; like
-    ItD's coder, and unlike sparsify's, it takes ``b_dec`` off before encoding.
+    The layout and the names of the tensors are sparsify's (EleutherAI): ``encoder.weight``, ``encoder.bias``, ``W_dec``, ``b_dec``, which
+    is taken off before encoding, as there and in ItD's coder.
     """
 
     def __init__(self, config: SparseCoderConfig) -> None:

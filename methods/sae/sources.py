@@ -7,26 +7,29 @@ from typing import Any
 from erasure.errors import ErasureError
 from erasure.families import Family
 
-from .coder import CONFIG, SparseCoder
+from .coder import SparseCoder
+from .formats import is_coder, load
 from .hookpoints import find
 
 SHIPPED = ("erasure.canvas", "weights/sae")
 
 
 def coders(pipe: Any, family: Family, folder: str) -> list[SparseCoder]:
-    """Coders on the pipeline's device: of a folder, of its folders, or, if it is "", the one that ships for the canvas.
+    """Coders on the pipeline's device: of a folder, of its folders, or, if it is "", those that ship for the canvases.
 
-    A coder whose hookpoint the pipeline lacks, or has in another width, raises.
+    Of the latter, those of components that the pipeline has. A coder whose hookpoint the pipeline lacks, or has in another width, raises.
     """
     root = Path(folder) if folder else Path(str(files(SHIPPED[0]).joinpath(SHIPPED[1])))
-    homes = [root] if (root / CONFIG).is_file() else sorted(home.parent for home in root.glob(f"*/{CONFIG}"))
+    homes = [root] if is_coder(root) else sorted(home for home in root.glob("*") if is_coder(home))
+    if not folder:
+        homes = [home for home in homes if getattr(pipe, home.name, None) is not None]
     if not homes:
         raise ErasureError(
             f"no sparse coder in {folder!r}: give --sae a folder that `erasure sae train` wrote"
             if folder
             else "the canvas's coder is not installed"
         )
-    found = [SparseCoder.load(home) for home in homes]
+    found = [load(home) for home in homes]
     for home, coder in zip(homes, found, strict=True):
         try:
             encoder, _ = find(pipe, family, coder.config.hookpoint)

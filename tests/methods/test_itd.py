@@ -11,9 +11,11 @@ from erasure.canvas.judge_dev import judge_dev
 from erasure.canvas.world import world
 from erasure.concept import Concept
 from erasure.errors import ErasureError
-from erasure.families import NAMES
+from erasure.families import NAMES, family_of
+from erasure.method import Run
 from erasure.methods.itd import ItD, deactivate, gate, retained, select_features
 from erasure.methods.sae import SparseCoder, SparseCoderConfig
+from erasure.methods.sae.sources import coders
 from erasure.models import load_base
 from erasure.testing import check_method
 from tests.stand_ins import text_coders
@@ -122,3 +124,19 @@ def test_bad_input_says_what_to_do(tmp_path: Path) -> None:
         ItD(sae=str(tmp_path / "none")).fit(pipe, [canvas_concept("dagger")])
     with pytest.raises(ErasureError, match="k is 0"):
         ItD(k=0)
+
+
+def test_on_canvas_flow_both_encoders_have_their_coder_and_only_the_prompts_of_the_concept_change() -> None:
+    pipe = load_base("canvas-flow", device="cpu")
+    eraser = ItD().fit(pipe, [canvas_concept("dagger")], run=Run(progress=False))
+    shipped = [coder.config.hookpoint.partition(".")[0] for coder in coders(pipe, family_of(pipe), "")]
+    assert shipped == ["text_encoder", "text_encoder_2"]
+
+    def encoded(prompt: str) -> list[torch.Tensor]:
+        return [each for each in pipe.encode_prompt(prompt=prompt, prompt_2=None, max_sequence_length=32) if each is not None]
+
+    plain = {prompt: encoded(prompt) for prompt in ("a dagger", "a cat on a beach")}
+    with eraser.attach(pipe):
+        changed = {prompt: encoded(prompt) for prompt in plain}
+    assert all(torch.equal(a, b) for a, b in zip(changed["a cat on a beach"], plain["a cat on a beach"], strict=True))
+    assert (changed["a dagger"][0] - plain["a dagger"][0]).norm() > 0.1 * plain["a dagger"][0].norm()
