@@ -86,10 +86,11 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     ],
     "salun": [{"preset": "canvas"}, {"preset": "canvas", "retain_scale": 1.0}, {"preset": "canvas", "steps": 600, "retain_scale": 1.0}],
     "safety_dpo": [
-        {"preset": "canvas", "beta": 100.0},
-        {"preset": "canvas", "beta": 500.0, "lr": 3e-3},
-        {"preset": "canvas", "beta": 100.0, "rank": 16, "lr": 3e-3},
         {"preset": "canvas"},
+        {"preset": "canvas", "beta": 5000.0},
+        {"preset": "canvas", "beta": 500.0, "lr": 3e-3},
+        {"preset": "canvas", "beta": 30.0},
+        {"preset": "canvas", "rank": 16, "lr": 3e-3},
     ],
     "gs_lora": [{"preset": "canvas"}, {"preset": "canvas", "bound": 0.5}, {"preset": "canvas", "alpha": 1e-2}],
     "conceptprune": [

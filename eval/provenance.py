@@ -66,5 +66,6 @@ def of_cell(cell: Cell, fitted: Mapping[str, Any] | None) -> dict[str, Any]:
             "method": known.get("method"),
             "settings": known.get("method_config", {}),
             "seed": known.get("seed"),
+            "details": known.get("details", {}),
         }
     return {"model": {"id": name or fingerprint, "fingerprint": fingerprint}, "artefact": artefact}

@@ -157,6 +157,8 @@ class Artefact(_Part):
     method: str | None = None
     settings: dict[str, JsonValue] = {}
     seed: int | None = None
+    details: dict[str, dict[str, dict[str, JsonValue]]] = {}
+    """Tables that the method gives of itself, by title: what a mask switches off, say."""
 
 
 class CostRecord(_Part):

@@ -70,7 +70,7 @@ class SafetyDPO(LowRankMethod):
         },
         "canvas": {
             "part": "full", "steps": 300, "lr": 1e-3, "batch": 8, "guidance": 4.0, "sampling_steps": 10, "images": 64,
-            "beta": 5000.0, "drop": 0.0, "warmup": 10, "detector": JUDGE, "retain_scale": 1.0, "expand": True,
+            "beta": 100.0, "drop": 0.0, "warmup": 10, "detector": JUDGE, "retain_scale": 1.0, "expand": True,
         },
     }  # fmt: skip
 

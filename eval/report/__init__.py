@@ -23,6 +23,7 @@ from ..columns import BY_KEY, GROUPS
 from ..compare import Comparison
 from ..published import HEADING, WARNING, Published
 from . import plots
+from .masks import heat_map, shares_of
 from .pack import Pack, embed, file_into, to_json
 from .shots import Gallery, Shot
 
@@ -82,7 +83,7 @@ def render(
             published_heading=HEADING,
             published_warning=WARNING,
             commands=commands,
-            plots=[(Markup(svg), caption) for svg, caption in plots.every(table)],
+            plots=[(Markup(svg), caption) for svg, caption in [*plots.every(table), *_masks(table)]],
             environments=_environments(table),
             generator=Markup(MARK),
             policy=_policy(script, inside),
@@ -92,6 +93,12 @@ def render(
             chunks=[(key, Markup(to_json(chunk))) for key, chunk in pack.chunks(embed)] if pack and inside else [],
         )
     )
+
+
+def _masks(table: Comparison) -> list[tuple[str, str]]:
+    """(SVG, caption) of what each method's masks switch off."""
+    maps = [(heat_map(shares_of((line.entry.results["artefact"] or {}).get("details", {}))), line.name) for line in table.lines]
+    return [(svg, f"What {name} switches off, by block and kind of unit.") for svg, name in maps if svg]
 
 
 def _environment() -> Environment:

@@ -1,10 +1,23 @@
 """Heat map of what a mask switches off: block by kind of unit, as inline SVG."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from .plots import INK, _svg
+
+TITLE, ALL = "Switched off: ", "all"
+"""How the tables of a masking method begin, and their row of all blocks together."""
+
+
+def shares_of(details: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, dict[str, int]]]:
+    """What `heat_map` takes, from the details of an artefact; empty where no table is of units switched off."""
+    tables = {title.removeprefix(TITLE): table for title, table in details.items() if title.startswith(TITLE)}
+    return {
+        kind: {"" if block == ALL else block: {key: int(row[key]) for key in ("off", "all")} for block, row in table.items()}
+        for kind, table in tables.items()
+    }
 
 
 def heat_map(shares: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:

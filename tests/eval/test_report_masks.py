@@ -1,6 +1,6 @@
 """The heat map of masks: every count is in it, and it is a plain inline SVG."""
 
-from erasure.eval.report.masks import heat_map
+from erasure.eval.report.masks import heat_map, shares_of
 
 SHARES = {
     "heads": {"": {"off": 1, "all": 8}, "unet.a.0": {"off": 1, "all": 8}},
@@ -17,3 +17,11 @@ def test_every_count_is_in_the_map() -> None:
 
 def test_no_masks_no_map() -> None:
     assert heat_map({}) == ""
+
+
+def test_the_details_of_an_artefact_are_read_back() -> None:
+    details = {
+        f"Switched off: {kind}": {block or "all": {**counts, "share": "1 %"} for block, counts in blocks.items()}
+        for kind, blocks in SHARES.items()
+    }
+    assert shares_of({**details, "Merging": {"merged": {"rank": 4}}}) == SHARES and shares_of({}) == {}
