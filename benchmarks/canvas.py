@@ -34,7 +34,7 @@ from erasure.registry import methods
 DOCS = Path(__file__).parents[1] / "docs/benchmarks"
 ROWS = (
     "negative_prompt", "uce", "safree", "sld", "perp_neg", "itd", "saeuron",
-    "conceptprune", "ssd_diffusion", "adv_unlearn", "esd", "concept_ablation", "salun",
+    "conceptprune", "ssd_diffusion", "adv_unlearn", "esd", "concept_ablation", "salun", "safety_dpo", "gs_lora",
 )  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "conceptprune": {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4, "ratio": 0.1, "agreement": 0.5, "base": "anchor"},

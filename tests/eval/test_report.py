@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import re
+from copy import deepcopy
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.metadata import version
@@ -333,3 +334,14 @@ def test_what_a_page_would_blur_is_blurred_in_the_grids_pixels(tmp_path: Path, w
             tile = picture.crop((258, 30, 258 + 128, 30 + 128)).convert("L")
         contrast.append(torch.tensor(list(tile.tobytes())).float().std().item())
     assert contrast[1] < contrast[0] / 5
+
+
+def test_what_masks_switch_off_is_drawn_for_the_method_that_has_them(tmp_path: Path, entries: list[Entry]) -> None:
+    rows = {"all": {"off": 1, "all": 8, "share": "12.50%"}, "unet.a.0": {"off": 1, "all": 8, "share": "12.50%"}}
+    masked = deepcopy(entries)
+    artefact = {"eraser": "e", "method": "minimalist", "settings": {}, "seed": 0, "details": {"Switched off: heads": rows}}
+    masked[1].results["artefact"] = artefact
+    text = write_report(tmp_path / "report.html", compare(masked)).read_text()
+    name = masked[1].results["name"]
+    assert f"What {name} switches off, by block and kind of unit." in text and ">1 of 8<" in text
+    assert "switches off" not in write_report(tmp_path / "plain.html", compare(entries)).read_text()
