@@ -92,7 +92,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"preset": "canvas", "beta": 30.0},
         {"preset": "canvas", "rank": 16, "lr": 3e-3},
     ],
-    "gs_lora": [{"preset": "canvas"}, {"preset": "canvas", "bound": 0.5}, {"preset": "canvas", "alpha": 1e-2}],
+    "gs_lora": [{"preset": "canvas"}, {"preset": "canvas", "bound": 0.5}, {"preset": "canvas", "alpha": 0.1}],
     "conceptprune": [
         {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4},
         {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4, "base": "anchor"},

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from .adapter import AdapterEraser
 from .errors import ErasureError
+from .export.lora import factorise
 from .lora import by_component, live_name
 from .method import Eraser
 
 Rule = Literal["average", "ties", "co-merge"]
 Expert = Mapping[str, Tensor]
 """LoRA factors by the keys of diffusers' files."""
+ROUNDING = 1e-6
+"""Share of a change that may be lost where nothing is cut."""
 
 
 def delta(pair: Mapping[str, Tensor]) -> Tensor:
@@ -32,7 +35,7 @@ def added(experts: Sequence[Expert], weights: Sequence[float] | None = None) -> 
     return merged
 
 
-def ties(deltas: Tensor, density: float = 1.0, scale: float = 1.0) -> Tensor:
+def ties(deltas: Tensor, density: float = 1.0) -> Tensor:
     """TIES merging of changes [experts, out, in] to [out, in]: trim, elect signs, and average those that agree.
 
     Of each expert the share ``density`` of entries that are largest by size stays; the sign of an entry is that of the sum over
@@ -48,7 +51,7 @@ def ties(deltas: Tensor, density: float = 1.0, scale: float = 1.0) -> Tensor:
     sign = trimmed.sum(0).sign()
     agree = (trimmed.sign() == sign) & (trimmed != 0)
     mean = (trimmed * agree).sum(0) / agree.sum(0).clamp(min=1)
-    return scale * mean.view(deltas.shape[1:])
+    return mean.view(deltas.shape[1:])
 
 
 def co_merge(deltas: Tensor, wins: Tensor) -> Tensor:
@@ -92,9 +95,9 @@ def merge(
 ) -> tuple[dict[str, Tensor], float]:
     """One LoRA of several, and the share of the merged change's norm that the cut to ``rank`` loses (0 where nothing is cut).
 
-    Without a rank, the LoRA holds the merged change whole: rank of the sum for an average, and at most the smaller side of a layer for
-    other rules. One expert comes back as it is, unless TIES trims it or it is cut. An expert that lacks a layer leaves it unchanged, and
-    counts in the mean as zero. ``wins``: layer -> [experts, out], which co-merge needs; see `count_wins`.
+    Without a rank, the LoRA holds the merged change, whole but for rounding: rank of the sum for an average, and at most the smaller side
+    of a layer for other rules. One expert comes back as it is, unless TIES trims it or it is cut. An expert that lacks a layer leaves it
+    unchanged, and counts in the mean as zero. ``wins``: layer -> [experts, out], which co-merge needs; see `count_wins`.
     """
     if rank is not None and rank < 1:
         raise ErasureError(f"rank is {rank}; a LoRA has at least 1")
@@ -118,19 +121,11 @@ def merge(
                 if wins is None:
                     raise ErasureError("co-merge needs calibration: the wins of each expert, counted on a base")
                 change = co_merge(deltas, wins[name].to(deltas))
-        left, right = _factors(change, rank)
-        merged[f"{name}.lora_A.weight"], merged[f"{name}.lora_B.weight"] = right, left
-        lost += float((left @ right - change).square().sum())
-        norm += float(change.square().sum())
+        left, right, missing = factorise(change, rank, None if rank else ROUNDING)
+        merged[f"{name}.lora_A.weight"], merged[f"{name}.lora_B.weight"] = right.to(change), left.to(change)
+        size = float(change.square().sum())
+        lost, norm = lost + missing**2 * size, norm + size
     return merged, (lost / norm) ** 0.5 if norm else 0.0
-
-
-def _factors(change: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in] of the best approximation at a rank, or of the whole change."""
-    u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
-    r = max(int((s > s[0] * 1e-7).sum()), 1) if rank is None else min(rank, len(s))
-    root = s[:r].sqrt()
-    return (u[:, :r] * root).to(change.dtype), (root[:, None] * v[:r]).to(change.dtype)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from erasure.lora import by_component
 from erasure.merging import added, delta
 from erasure.method import Run
 from erasure.seams import weights
-from erasure.trained import FROM_PRESET, OfPreset, Session, TrainedMethod
+from erasure.trained import FROM_PRESET, OfPreset, Session, TrainedMethod, check_concepts
 from erasure.training import Callback, Loss, Training
 from erasure.tuning import Tuned
 
@@ -56,10 +56,10 @@ def forget(error: Tensor, bound: float) -> Tensor:
 
 
 def groups_of(names: Iterable[str]) -> list[list[str]]:
-    """Names of LoRA factors by feed-forward: all pairs of one block."""
+    """Names of LoRA factors by feed-forward: all pairs of one block; another layer is a group of its own."""
     found: dict[str, list[str]] = {}
     for name in names:
-        block = name
+        block = f"{name.partition('.lora_')[0]}."
         for part in FEED_FORWARD:
             block = block.partition(f".{part}.")[0]
         found.setdefault(block, []).append(name)
@@ -131,13 +131,14 @@ class GSLoRA(TrainedMethod):
         return tuning.lora(pipe, tuning.chosen(pipe, family, "full", layers), self.rank, seed)
 
     def fit(self, pipe: Any, concepts: Sequence[Concept], *, run: Run = Run()) -> AdapterEraser:  # type: ignore[override]
+        check_concepts(self.name, concepts)  # all at once: what one erases, no other may retain
         so_far: dict[str, Tensor] = {}
         for task, concept in enumerate(concepts):
             own = replace(run, checkpoint=run.checkpoint / f"task-{task}" if run.checkpoint else None)
             with weights.swapped(pipe, _moved(pipe, so_far)):
                 found = self.run(pipe, [concept], own)
             so_far = added([so_far, found]) if so_far else found
-        return self.eraser(tuple(concepts), so_far if concepts else self.run(pipe, concepts, run))
+        return self.eraser(tuple(concepts), so_far)
 
     def eraser(self, concepts: tuple[Concept, ...], tensors: Mapping[str, Tensor]) -> AdapterEraser:  # type: ignore[override]
         return AdapterEraser(self, concepts, tensors)

@@ -88,6 +88,13 @@ def test_wins_are_counted_on_the_pipelines_own_inputs() -> None:
     torch.testing.assert_close(change(merged), change(strong), rtol=1e-4, atol=1e-2)
 
 
+def test_a_layer_without_change_is_merged_to_none() -> None:
+    idle = expert(0)
+    idle[f"{LAYER}.lora_B.weight"] = torch.zeros_like(idle[f"{LAYER}.lora_B.weight"])
+    merged, lost = merging.merge([idle, idle], "ties", density=1.0)
+    assert not change(merged).any() and lost == 0
+
+
 @pytest.mark.parametrize(
     ("experts", "options", "said"),
     [

@@ -45,7 +45,7 @@ def factorise(matrix: Tensor, rank: int | None, error: float | None) -> tuple[Te
     """
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     tail = values.square().flip(0).cumsum(0).flip(0)  # tail[r]: what rank r loses, squared
-    lost = torch.cat([tail, tail.new_zeros(1)]).sqrt() / values.norm()
+    lost = torch.cat([tail, tail.new_zeros(1)]).sqrt() / values.norm().clamp(min=torch.finfo(values.dtype).tiny)
     if rank is None:
         assert error is not None
         rank = int((lost <= error).nonzero()[0])

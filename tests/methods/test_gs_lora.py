@@ -81,6 +81,19 @@ def test_tasks_follow_one_another_and_their_loras_add_up(family: str) -> None:
     assert any(not torch.equal(both.factors[name][:, 2:], tensor) for name, tensor in alone.factors.items() if "lora_B" in name)
 
 
+def test_what_one_task_erases_no_other_may_retain() -> None:
+    later = Concept("cat", anchors=("dog",), retain=(CONCEPT.targets[0],))
+    with pytest.raises(ErasureError, match="training would pull both ways"):
+        GSLoRA.from_config(QUICK).fit(sd1(), [CONCEPT, later], run=Run(progress=False))
+    with pytest.raises(ErasureError, match="no concept"):
+        GSLoRA.from_config(QUICK).fit(sd1(), [], run=Run(progress=False))
+
+
+def test_layers_of_a_users_choice_are_groups_of_their_own() -> None:
+    names = [f"unet.a.to_q.lora_{side}.weight" for side in "AB"] + [f"unet.b.to_q.lora_{side}.weight" for side in "AB"]
+    assert gs_lora.groups_of(names) == [names[:2], names[2:]]
+
+
 @pytest.mark.parametrize("wrong", [{"bound": 0.0}, {"beta": 0.0}, {"alpha": -1.0}, {"layers": ("nowhere",)}])
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ErasureError):
