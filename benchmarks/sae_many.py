@@ -3,9 +3,9 @@
     python benchmarks/sae_many.py --minutes 40        # make what is missing; the same command goes on
     python benchmarks/sae_many.py --table             # docs/benchmarks/sae_many.json, the figure and the table of docs/methods/sae.md
 
-Sets are nested: the four test objects are in every set but the first, which is each of them alone; what is added comes of the retain half, in
-an order picked by hash. All become one anchor that no set has. Scored are the suite's rows for each test object, less those that ask for another
-erased thing (one test object is of the kept half).
+Sets are nested: the four test objects are in every set but the first, which is each of them alone; what is added comes
+of the retain half, in an order picked by hash. All become one anchor that no set has. Scored are the suite's rows for
+each test object, less those that ask for another erased thing (one test object is of the kept half).
 """
 
 import argparse

@@ -109,6 +109,18 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"guidance": 4.0, "sampling_steps": 20, "share": 0.05, "part": "kv"},
         {"guidance": 4.0, "sampling_steps": 20, "share": 0.05, "part": "x"},
     ],
+    "minimalist": [
+        {"preset": "canvas"},
+        {"preset": "canvas", "budget": 0.05},
+        {"preset": "canvas", "budget": 0.05, "units": ("heads", "neurons")},
+        {"preset": "canvas", "budget": 0.02, "steps": 150},
+        {"preset": "canvas", "budget": 0.05, "retain_scale": 0.3},
+        {"preset": "canvas", "budget": 0.1, "steps": 100},
+        {"preset": "canvas", "budget": 0.05, "steps": 200},
+        {"preset": "canvas", "budget": 0.05, "steps": 200, "batch": 8, "images": 96},
+        {"preset": "canvas", "budget": 0.1, "steps": 300, "lr": 0.1, "batch": 8, "images": 96},
+        {"preset": "canvas", "budget": 0.1, "steps": 200, "batch": 8, "images": 96, "sampling_steps": 10},
+    ],
     "perp_neg": [{}, {"weight": 1.0}, {"weight": 4.0}, {"negatives": "each"}],
 }
 assert all(len(grid) <= 12 for grid in GRIDS.values())
@@ -159,7 +171,9 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", default=["dagger"])
     parser.add_argument("--n", type=int, default=40, help="images a side")
     parser.add_argument("--anchor", help="what the concepts become, instead of the canvas's own choice")
+    parser.add_argument("--from", dest="start", type=int, default=0, help="leave out so many configurations of each method")
     parser.add_argument("--first", action="store_true", help="only the first configuration of each method")
+    parser.add_argument("--guidance", type=float, help="guidance that trained samplers run under, instead of the preset's")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if wrong := set(arguments.concepts) - set(splits().dev):
@@ -170,7 +184,7 @@ def main() -> None:
     for concept in arguments.concepts:
         cases = [
             ("base", None),
-            *((name, config) for name in arguments.methods for config in GRIDS[name][: 1 if arguments.first else None]),
+            *((name, config) for name in arguments.methods for config in GRIDS[name][arguments.start : 1 if arguments.first else None]),
         ]
         for name, config in cases:
             if config is None:
@@ -178,6 +192,8 @@ def main() -> None:
             else:
                 target = canvas_concept(concept)
                 target = target if arguments.anchor is None else replace(target, anchors=(arguments.anchor,))
+                if arguments.guidance is not None:
+                    config = {**config, "guidance": arguments.guidance}
                 eraser = methods.get(name).from_config(config).fit(pipe, [target], run=Run(progress=False))
                 with eraser.attach(pipe):
                     figures = measure(pipe, concept, arguments.n)
