@@ -3,7 +3,7 @@
     python benchmarks/canvas.py --minutes 60                      # make what is missing, breadth first; stop in time
     python benchmarks/canvas.py --model canvas-flow --methods uce,esd
     python benchmarks/canvas.py --shard 1/2                       # every second concept, for two machines or two processes
-    python benchmarks/canvas.py --table                           # docs/benchmarks/canvas.md from the cells that there are
+    python benchmarks/canvas.py --table                           # docs/benchmarks/canvas.md and docs/methods/masking.md
 
 A finished cell is its results.json in ``docs/benchmarks/cells/MODEL/CONCEPT/METHOD[-seedN].json`` and is never made again. Images stay
 in ``--out``. Order: the base and methods without training on all concepts, then trained ones with seed 0, then further seeds. Methods have
@@ -32,23 +32,29 @@ from erasure.models import EMBEDDED, load_base
 from erasure.registry import methods
 
 DOCS = Path(__file__).parents[1] / "docs/benchmarks"
-ROWS = (
-    "negative_prompt", "uce", "safree", "sld", "perp_neg", "itd", "saeuron",
-    "conceptprune", "ssd_diffusion", "adv_unlearn", "esd", "concept_ablation", "salun", "safety_dpo", "gs_lora",
-)  # fmt: skip
+ROWS: dict[str, tuple[str, ...]] = {
+    "canvas": (
+        "negative_prompt", "uce", "safree", "sld", "perp_neg", "itd", "saeuron", "conceptprune", "ssd_diffusion", "minimalist",
+        "adv_unlearn", "esd", "concept_ablation", "salun", "safety_dpo", "gs_lora",
+    ),
+    "canvas-flow": ("negative_prompt", "uce", "safree", "itd", "minimalist", "adv_unlearn", "esd"),
+}  # fmt: skip
+MASKS = ("negative_prompt", "uce", "safree", "itd", "minimalist", "conceptprune", "ssd_diffusion")
+"""Rows of the page on masks."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "conceptprune": {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4, "ratio": 0.1, "agreement": 0.5, "base": "anchor"},
     "ssd_diffusion": {"sampling_steps": 20, "guidance": 4.0},
 }
 """What the search on dev concepts found, where it is not a preset of the method."""
 FIT_SEEDS = 3
-IMAGES = 160
+IMAGES = {"canvas": 160, "canvas-flow": 80}
+"""A cell; canvas-flow guides in a second call, so an image takes twice as long."""
 
 
-def configured(name: str) -> ErasureMethod:
-    """A method as the table has it."""
+def configured(name: str, model: str) -> ErasureMethod:
+    """A method as the table has it: with the model's own preset, the canvas's where it has none, or its defaults."""
     found = methods.get(name)
-    preset = {"preset": "canvas"} if "canvas" in getattr(found, "PRESETS", {}) else {}
+    preset = next(({"preset": one} for one in (model, "canvas") if one in getattr(found, "PRESETS", {})), {})
     return found.from_config({**preset, **SETTINGS.get(name, {})})
 
 
@@ -64,14 +70,14 @@ def order(model: str, names: list[str], concepts: list[str], seeds: int) -> Iter
 def make(cell: Cell, pipe: Any, docs: Path, out: Path) -> None:
     """Fit, draw and score one cell, and the concept's base before it, and keep their results."""
     home = out / cell.model / cell.concept
-    suite = load_suite("canvas").limited(IMAGES).fitting(pipe)
+    suite = load_suite("canvas").limited(IMAGES[cell.model]).fitting(pipe)
     bench = Bench(home / f"seed{cell.seed}", pipe, cell.model, suite, canvas_concept(cell.concept), seed=cell.seed, progress=False)
     first = home / "seed0"
     if cell.seed and not (bench.folder / "images" / BASE).exists():  # the base knows no fit seed
         shutil.copytree(first / "images" / BASE, bench.folder / "images" / BASE)
     base = bench.evaluate(BASE, bench.generate(BASE))
     keep(base, Cell(cell.model, cell.concept, BASE).path(docs))
-    eraser, folder = bench.fit(configured(cell.method))
+    eraser, folder = bench.fit(configured(cell.method, cell.model))
     keep(bench.evaluate(cell.method, bench.generate(cell.method, eraser), read_config(folder)), cell.path(docs))
 
 
@@ -111,7 +117,7 @@ def keep_failure(file: Path, error: ErasureError) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", choices=EMBEDDED, default="canvas")
-    parser.add_argument("--methods", default=",".join(ROWS), help="names, separated by commas")
+    parser.add_argument("--methods", help="names, separated by commas; all of the model's table, if not given")
     parser.add_argument("--concepts", default=",".join(splits().test), help="names, separated by commas")
     parser.add_argument("--seeds", type=int, default=FIT_SEEDS, help="fit seeds of trained methods")
     parser.add_argument("--shard", default="1/1", help="i/n: only every n-th concept, from the i-th on")
@@ -120,11 +126,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/canvas"), help="where images and artefacts go")
     parser.add_argument("--table", action="store_true", help="write the page from the cells that there are, and stop")
     arguments = parser.parse_args()
-    if arguments.table:
-        gather_memory(arguments.docs, arguments.model, arguments.out)
-        publish(arguments.docs, [arguments.model], arguments.methods.split(","), arguments.concepts.split(","), range(arguments.seeds))
-    else:
-        run(arguments, arguments.methods.split(","), arguments.concepts.split(","))
+    concepts = arguments.concepts.split(",")
+    if not arguments.table:
+        return run(arguments, arguments.methods.split(",") if arguments.methods else list(ROWS[arguments.model]), concepts)
+    masks = {model: [name for name in names if name in MASKS] for model, names in ROWS.items()}
+    for model in ROWS:
+        gather_memory(arguments.docs, model, arguments.out)
+    for page, models in ((arguments.docs / "canvas.md", ROWS), (arguments.docs.parent / "methods" / "masking.md", masks)):
+        publish(arguments.docs, page, models, concepts, range(arguments.seeds))
 
 
 if __name__ == "__main__":

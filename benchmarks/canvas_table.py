@@ -1,38 +1,30 @@
-"""Cells of the canvas benchmark to a page and a figure. What is missing is shown as missing, and never filled in.
-
-    python benchmarks/canvas_table.py                             # docs/benchmarks/canvas.md and canvas.png
-    python benchmarks/canvas_table.py --models canvas canvas-flow
+"""Cells of the canvas benchmark to pages and figures. What is missing is shown as missing, and never filled in.
 
 A cell is docs/benchmarks/cells/MODEL/CONCEPT/METHOD[-seedN].json: its results.json, or {"failed": reason}. Peak memory of fits, which
-results do not have, is gathered from the artefacts below ``--out`` into cells/MODEL/fit-memory.json.
+results do not have, is gathered from artefacts into cells/MODEL/fit-memory.json.
 """
 
-import argparse
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from canvas_cells import Cell, Record, gather_memory, plan, read, read_memory
+from canvas_cells import Cell, Record, plan, read, read_memory
 from canvas_figure import draw
+from page import put
 
-from erasure.canvas.splits import splits
 from erasure.errors import ErasureError
 from erasure.eval import stats
 from erasure.eval.bench import BASE
+from erasure.eval.report.masks import shares_of
 from erasure.eval.summary import CALLS, DESTROYED
-from erasure.models import EMBEDDED
-from erasure.registry import methods
-
-DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 
 AIM = {"named": 0.05, "implied": 0.15, "kept": -0.10}
 """Upper limits of the named and the implied target, and the kept difference, that an erasure should reach."""
-BEGIN, END = "<!-- made by benchmarks/canvas_table.py: from here -->", "<!-- to here -->"
 HEAD = (
     "| method | named: target / other / nothing | implied | kept | kept - base | unrec. - base | worst concept | over fit seeds | fit s "
     "| fit MB | image MB | cells | |\n|---|---:|---:|---:|---:|---:|---|---|---:|---:|---:|---:|---|"
@@ -169,21 +161,16 @@ def _alike(done: dict[Cell, Record], docs: Path) -> None:
                 )
 
 
-def publish(docs: Path, models: Sequence[str], names: Sequence[str], concepts: Sequence[str], seeds: Sequence[int]) -> None:
-    """canvas.md and canvas.png in ``docs``; text of the page outside of the marks stays."""
-    tables = {model: rows(docs, model, names, concepts, seeds) for model in models}
+def publish(docs: Path, page: Path, models: Mapping[str, Sequence[str]], concepts: Sequence[str], seeds: Sequence[int]) -> None:
+    """A page with the tables of models and their methods, and its figure beside it; text of the page outside of the marks stays."""
+    tables = {model: rows(docs, model, names, concepts, seeds) for model, names in models.items()}
     points = {model: [row for row in table if row.done] for model, table in tables.items() if any(row.done for row in table)}
+    drawing = page.with_suffix(".png")
     if points:
-        draw(docs / "canvas.png", points)
-    page = docs / "canvas.md"
-    text = page.read_text(encoding="utf-8") if page.exists() else f"# All methods on the canvas\n\n{BEGIN}\n{END}\n"
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ErasureError(f"{page} lacks the lines {BEGIN!r} and {END!r}, between which the tables go: put them back")
+        draw(drawing, points)
     made = "\n\n".join(section(model, table, concepts) for model, table in tables.items())
-    figure = "![Target still seen against what is kept, with 95 % intervals](canvas.png)\n\n" if points else ""
-    page.write_text(f"{before}{BEGIN}\n\n{figure}{made}\n\n{END}{after}", encoding="utf-8")
+    figure = f"![Target still seen against what is kept, with 95 % intervals]({drawing.name})\n\n" if points else ""
+    put(page, "canvas_table.py", figure + made)
     print(made)
 
 
@@ -195,6 +182,7 @@ def section(model: str, table: Sequence[Row], concepts: Sequence[str]) -> str:
     lines += ["", "By concept: named / implied target still seen, %; kept less the base's, points; † destroyed.", ""]
     lines += ["| method | " + " | ".join(concepts) + " |", "|---|" + "---|" * len(concepts)]
     lines += [f"| {row.method} | " + " | ".join(_concept(row, concept) for concept in concepts) + " |" for row in table]
+    lines += _minimality(table)
     faults = [(cell, reason) for row in table for cell, reason in row.failed.items()]
     lines += ["", "Not measured:", ""] if faults else []
     for method, reason in dict.fromkeys((cell.method, reason) for cell, reason in faults):
@@ -202,6 +190,19 @@ def section(model: str, table: Sequence[Row], concepts: Sequence[str]) -> str:
         of = sorted({cell.concept for cell in where}, key=list(concepts).index)
         lines.append(f"* {method}, {len(where)} of its cells ({', '.join(of)}): {' '.join(reason.split())}")
     return "\n".join(lines)
+
+
+def _minimality(table: Sequence[Row]) -> list[str]:
+    """How much the methods that say so have switched off: the mean over cells, and the most."""
+    lines = []
+    for row in table:
+        shares: dict[str, list[float]] = {}
+        for record in row.done.values():
+            for kind, blocks in shares_of((record["artefact"] or {}).get("details") or {}).items():
+                shares.setdefault(kind, []).append(blocks[""]["off"] / blocks[""]["all"])
+        said = ", ".join(f"{kind} {statistics.fmean(all_):.2%} (at most {max(all_):.2%})" for kind, all_ in shares.items())
+        lines += [f"* {row.method} switches off, mean over {len(row.done)} cells: {said}."] if said else []
+    return ["", *lines] if lines else []
 
 
 def _conditions(table: Sequence[Row]) -> str:
@@ -280,21 +281,3 @@ def _concept(row: Row, concept: str) -> str:
     text += "" if kept is None else f"; {_signed(kept.value)}"
     mark = "" if not broken else " †" if broken == len(own) else f" † {broken} of {len(own)}"
     return text + mark + (f" ({len(own)} of {len(wanted)} fits)" if len(own) < len(wanted) else "")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=EMBEDDED, default=["canvas"])
-    parser.add_argument("--methods", nargs="+", choices=list(methods.builtin), default=list(methods.builtin), metavar="METHOD")
-    parser.add_argument("--concepts", nargs="+", default=list(splits().test), metavar="CONCEPT")
-    parser.add_argument("--seeds", type=int, default=3, help="fit seeds that trained methods should have")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of cells/, canvas.md and canvas.png")
-    parser.add_argument("--out", type=Path, default=Path("out/canvas"), help="where artefacts are")
-    given = parser.parse_args()
-    for model in given.models:
-        gather_memory(given.docs, model, given.out)
-    publish(given.docs, given.models, given.methods, given.concepts, range(given.seeds))
-
-
-if __name__ == "__main__":
-    main()

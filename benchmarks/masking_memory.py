@@ -1,6 +1,6 @@
 """Peak memory and time of one gradient through the whole sampler, by number of steps: all activations kept, against steps run again.
 
-    python benchmarks/masking_memory.py
+    python benchmarks/masking_memory.py                           # into docs/methods/masking.md
     python benchmarks/masking_memory.py --model canvas --steps 1,5
 
 Each case runs in a process of its own, which takes one gradient to warm up and measures the second: the growth of resident memory
@@ -13,8 +13,10 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
+from page import put
 
 from erasure.denoising import Denoising
 from erasure.eval.memory import peak_memory
@@ -24,7 +26,9 @@ from erasure.methods.masking.chain import Chain
 from erasure.methods.masking.sites import find, hooked
 from erasure.models import load_base
 
+PAGE = Path(__file__).parents[1] / "docs" / "methods" / "masking.md"
 BATCH = 4
+HEAD = "| steps | full, MB | recomputed, MB | ratio | full, s | recomputed, s | ratio |\n|---:|---:|---:|---:|---:|---:|---:|"
 
 
 def measure(model: str, steps: int, recompute: bool) -> dict[str, float]:
@@ -71,14 +75,16 @@ def main() -> None:
         steps, way = given.case.split(":")
         print(json.dumps(measure(given.model, int(steps), way == "recomputed")))
         return
-    print("| steps | full, MB | recomputed, MB | ratio | full, s | recomputed, s | ratio |\n|---:|---:|---:|---:|---:|---:|---:|")
+    rows = []
     for steps in map(int, given.steps.split(",")):
         found = {}
         for way in ("full", "recomputed"):
             command = [sys.executable, __file__, "--model", given.model, "--case", f"{steps}:{way}"]
             found[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
         a, b = found["full"], found["recomputed"]
-        print(f"| {steps} | {a['mb']} | {b['mb']} | {a['mb'] / b['mb']:.2f} | {a['s']} | {b['s']} | {a['s'] / b['s']:.2f} |", flush=True)
+        rows.append(f"| {steps} | {a['mb']} | {b['mb']} | {a['mb'] / b['mb']:.2f} | {a['s']} | {b['s']} | {a['s'] / b['s']:.2f} |")
+        print(rows[-1], flush=True)
+    put(PAGE, "masking_memory.py", "\n".join([f"{given.model}, {BATCH} images, {torch.get_num_threads()} thread(s).", "", HEAD, *rows]))
 
 
 if __name__ == "__main__":

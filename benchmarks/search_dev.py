@@ -16,6 +16,7 @@ from torch import Tensor
 
 from erasure.canvas.concepts import canvas_concept
 from erasure.canvas.judge_dev import judge_dev
+from erasure.canvas.judging import Verdict
 from erasure.canvas.splits import splits
 from erasure.canvas.world import article, fill, world
 from erasure.eval import generate
@@ -70,27 +71,40 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"percentile": 99.5, "factor": -1.0, "rule": "paper"},
         {"percentile": 98.0, "factor": -2.0, "rule": "mean"},
     ],
-    "adv_unlearn": [{"preset": "canvas"}],
+    "adv_unlearn": [
+        {"preset": "canvas", "start": "null"},
+        {"preset": "canvas", "start": "anchor"},
+        {"preset": "canvas", "start": "anchor", "eta": 0.5},
+        {"preset": "canvas", "start": "anchor", "steps": 150},
+    ],
     "esd": [
         {"preset": "canvas"},
         {"preset": "canvas", "start": "anchor"},
         {"preset": "canvas", "part": "full"},
         {"preset": "canvas", "part": "full", "start": "anchor"},
         {"preset": "canvas", "part": "full", "start": "anchor", "steps": 400},
+        {"preset": "canvas", "start": "anchor", "lr": 3e-4},
+        {"preset": "canvas", "start": "anchor", "lr": 3e-4, "eta": 0.5},
     ],
     "concept_ablation": [
         {"preset": "canvas"},
         {"preset": "canvas", "part": "x"},
         {"preset": "canvas", "part": "full", "lr": 1e-4},
         {"preset": "canvas", "steps": 600},
+        {"preset": "canvas", "lr": 6e-4},
+        {"preset": "canvas", "part": "x", "lr": 4e-4},
     ],
     "salun": [{"preset": "canvas"}, {"preset": "canvas", "retain_scale": 1.0}, {"preset": "canvas", "steps": 600, "retain_scale": 1.0}],
     "safety_dpo": [
         {"preset": "canvas"},
-        {"preset": "canvas", "beta": 5000.0},
-        {"preset": "canvas", "beta": 500.0, "lr": 3e-3},
+        {"preset": "canvas", "steps": 300, "lr": 1e-3, "beta": 100.0},
+        {"preset": "canvas", "steps": 300, "lr": 1e-3, "beta": 5000.0},
+        {"preset": "canvas", "steps": 300, "beta": 500.0},
+        {"preset": "canvas", "steps": 300, "lr": 1e-3, "beta": 30.0},
+        {"preset": "canvas", "steps": 300, "beta": 100.0, "rank": 16},
         {"preset": "canvas", "beta": 30.0},
-        {"preset": "canvas", "rank": 16, "lr": 3e-3},
+        {"preset": "canvas", "beta": 30.0, "layers": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")},
+        {"preset": "canvas", "steps": 100},
     ],
     "gs_lora": [{"preset": "canvas"}, {"preset": "canvas", "bound": 0.5}, {"preset": "canvas", "alpha": 0.1}],
     "conceptprune": [
@@ -126,19 +140,28 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
 assert all(len(grid) <= 12 for grid in GRIDS.values())
 
 
-def prompts(concept: str, n: int) -> tuple[list[str], list[str], list[int]]:
-    """n prompts that name the concept and n that must survive, with the wanted object of each of the latter."""
+def prompts(concept: str, n: int) -> tuple[list[str], list[str], list[tuple[str, str]]]:
+    """n prompts that name the concept and n that must survive, with the object and the style that each of the latter asks for."""
     of, split = world(), splits()
     templates = of.templates("dev")
 
-    def text(word: str, i: int, name: str) -> str:
-        styles = [s for s in of.styles if (name, s) not in split.held_out]
-        return fill(templates[i % len(templates)], article(word), styles[i % len(styles)], of.backgrounds[i % len(of.backgrounds)])
+    def text(i: int, word: str, style: str) -> str:
+        return fill(templates[i % len(templates)], article(word), style, of.backgrounds[i % len(of.backgrounds)])
 
-    named = [text((concept, of.synonyms(concept)[0])[i % 2], i, concept) for i in range(n)]
+    def free(i: int, name: str) -> str:
+        styles = [s for s in of.styles if s != concept and (name, s) not in split.held_out]
+        return styles[i % len(styles)]
+
     near, far = split.kept_neighbours(concept), split.kept_others(concept)
-    kept = [(near if i % 2 else far)[i // 2 % len(near if i % 2 else far)] for i in range(n)]
-    return named, [text(name, i, name) for i, name in enumerate(kept)], [of.objects.index(name) for name in kept]
+    wanted = [(name, free(i, name)) for i in range(n) for name in [(near if i % 2 else far)[i // 2 % len(near if i % 2 else far)]]]
+    kept = [text(i, name, style) for i, (name, style) in enumerate(wanted)]
+    if concept in of.styles:
+        drawable = [o for o in sorted(split.kept) if (o, concept) not in split.held_out]
+        words = (concept, of.synonyms(concept)[0])
+        return [text(i, o, words[i % 2]) for i in range(n) for o in [drawable[i % len(drawable)]]], kept, wanted
+    members = split.members(concept)
+    named = [(o, (o, of.synonyms(o)[0])[i // len(members) % 2]) for i in range(n) for o in [members[i % len(members)]]]
+    return [text(i, word, free(i, o)) for i, (o, word) in enumerate(named)], kept, wanted
 
 
 def draw(pipe: Any, texts: list[str], first_seed: int) -> Tensor:
@@ -149,17 +172,28 @@ def draw(pipe: Any, texts: list[str], first_seed: int) -> Tensor:
         return generate.draw(pipe, rows, protocol)
 
 
+def seen(verdict: Verdict, concept: str) -> Tensor:
+    """Whether a judge sees the concept in each image, bool [n]."""
+    of = world()
+    if concept in of.styles:
+        return (verdict.style == of.styles.index(concept)) & ~verdict.unrecognised
+    return verdict.present[:, [of.objects.index(o) for o in splits().members(concept)]].any(1)
+
+
 def measure(pipe: Any, concept: str, n: int) -> dict[str, Any]:
-    """Named target still present, kept objects present, and unrecognised, by judge_dev."""
+    """Named target still present, kept objects (and styles, where one is erased) present, and unrecognised, by judge_dev."""
+    of = world()
     named, kept, wanted = prompts(concept, n)
     first, second = judge_dev()(draw(pipe, named, 0)), judge_dev()(draw(pipe, kept, 1000))
-    present = int(first.present[:, world().objects.index(concept)].sum())
-    survived = int(second.present[torch.arange(n), wanted].sum())
+    present = int(seen(first, concept).sum())
+    there = second.present[torch.arange(n), [of.objects.index(name) for name, _ in wanted]]
+    if concept in of.styles:
+        there &= second.style == torch.tensor([of.styles.index(style) for _, style in wanted])
     return {
         "n": n,
         "named": present / n,
         "named_high": wilson(present, n)[1],
-        "kept": survived / n,
+        "kept": int(there.sum()) / n,
         "unrecognised": float(torch.cat([first.unrecognised, second.unrecognised]).float().mean()),
     }
 

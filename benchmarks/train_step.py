@@ -1,7 +1,7 @@
 """Seconds and peak memory of one optimiser step of every trained method, at the size of SD 1.5, beside a plain LoRA step.
 
     OMP_NUM_THREADS=1 python benchmarks/train_step.py
-    OMP_NUM_THREADS=1 python benchmarks/train_step.py --cases esd "esd, LoRA" --steps 3
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py --cases esd "esd, LoRA" --steps 3   # the page then has these alone
     python benchmarks/train_step.py --canvas --cases esd    # a look on the canvas; writes no file
 
 Random weights, float32, batch 1, 256 px. Every case fits by its own code in a process of its own, from the registry's class and its values
@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 from overhead import canvas, environment, sd15
+from page import put
 from torch import Tensor
 
 from erasure.concept import Concept
@@ -38,7 +39,6 @@ from erasure.training import Callback, Loss, Training
 
 ROOT = Path(__file__).parent.parent
 JSON, PAGE = ROOT / "docs" / "benchmarks" / "train_step.json", ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- made by benchmarks/train_step.py: from here -->", "<!-- to here -->"
 CONCEPT = Concept("dagger", targets=("dagger",), anchors=("cat",), retain=("boat",))
 PLAIN, RANK, BAR = "plain LoRA", 4, 2.2
 BARS = {"esd, LoRA": BAR, "safety_dpo": BAR, "safety_dpo, LoRA": BAR}
@@ -215,18 +215,9 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines).strip()
 
 
-def publish(text: str, page: Path = PAGE) -> None:
-    """Put the table between its marks on the page."""
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{page} lacks the lines {BEGIN!r} and {END!r}, between which the table goes: put them back")
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", help="names of cases; all of them write file and page")
+    parser.add_argument("--cases", nargs="+", help="names of cases; all, if not given")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="time that passes, or time of the process")
     parser.add_argument("--canvas", action="store_true", help="the canvas instead of the size of SD 1.5; writes no file")
@@ -241,9 +232,9 @@ def main() -> None:
     head |= {"load": os.getloadavg()[0], "environment": environment()}
     result = {**head, "rows": measured(given.cases or list(cases()), given)}
     print(table(result))
-    if not given.canvas and not given.cases:
+    if not given.canvas:
         JSON.write_text(json.dumps(result, indent=1) + "\n")
-        publish(table(result))
+        put(PAGE, "train_step.py", table(result))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ else:
 FROM_PRESET: Any = None
 """The default of a field whose value the preset has."""
 TEMPLATES: dict[str, tuple[str, ...]] = {
-    "style": ("{}", "in the style of {}", "a picture in {} style", "{} art", "an image, {}"),
+    "style": ("{}", "a {} picture of a house", "a cat in the style of {}", "a drawing of an apple, {} style", "{} art of an airplane"),
     "other": ("{}", "a {}", "a picture of {}", "an image with a {}", "a drawing with {}"),
 }
 SAVE_EVERY = 50
@@ -57,14 +57,15 @@ class Session:
         """
         draw = torch.Generator().manual_seed(self.run.seed)
         seeds = torch.randint(2**31, (images,), generator=draw).tolist()
-        texts = [prompts[i * len(prompts) // images if len(prompts) > images else i % len(prompts)] for i in range(images)]
+        sources = [i * len(prompts) // images if len(prompts) > images else i % len(prompts) for i in range(images)]
+        texts = [prompts[i] for i in sources]
         made, t = [], torch.zeros(0)
         with self.tuned.reference():
             for start in tqdm(range(0, images, batch), desc="samples", disable=not self.run.progress):
                 part = slice(start, start + batch)
                 states, t = self.denoising.paths(texts[part], seeds[part], steps=steps, guidance=guidance)
                 made.append(states if whole else states[:, -1:])
-        return Pool(torch.cat(made), t, texts)
+        return Pool(torch.cat(made), t, texts, sources)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Pool:
     t: Tensor
     """Timesteps [steps] of all states but the clean ones."""
     prompts: list[str]
+    sources: list[int]
+    """Each sample's place in the list of prompts that the samples were made of."""
 
     def state(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[int]]:
         """States [n, ...] from anywhere on the ways to some images, their timesteps [n], and which images these are."""
@@ -90,7 +93,7 @@ class Pool:
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         t = of.timesteps(n, generator)
         x_t = of.schedule.add_noise(x0, noise, t)
-        return Noised(x_t, t, of.schedule.target(x0, noise, t).float(), [self.prompts[i] for i in which], which.tolist())
+        return Noised(x_t, t, of.schedule.target(x0, noise, t).float(), [self.prompts[i] for i in which], [self.sources[i] for i in which])
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ class Noised:
     t: Tensor
     target: Tensor
     prompts: list[str]
-    which: list[int]
-    """Indices in the pool."""
+    sources: list[int]
+    """As in the pool."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ class ConceptAblation(LowRankMethod):
 
         def step_loss(step: int, generator: torch.Generator) -> Tensor:
             some = pool.noised(of, self.batch, generator)
-            words = [pairs[i % len(pairs)][0] for i in some.which]
+            words = [pairs[i][0] for i in some.sources]
             wanted = some.target if self.variant == "noise" else self._anchored(session, some.x_t, some.t, some.prompts)
             total = loss(of.predict(some.x_t, some.t, words), wanted)
             if self.retain_scale:

@@ -69,8 +69,12 @@ class ESD(LowRankMethod):
         of = session.denoising
 
         def loss(step: int, generator: torch.Generator) -> Tensor:
-            x_t, t, some = self._edited(of, pairs, generator) if base is None else base.state(self.batch, generator)
-            words, anchors = zip(*(pairs[i % len(pairs)] for i in some), strict=True)
+            if base is None:
+                x_t, t, some = self._edited(of, pairs, generator)
+            else:
+                x_t, t, samples = base.state(self.batch, generator)
+                some = [base.sources[i] for i in samples]
+            words, anchors = zip(*(pairs[i] for i in some), strict=True)
             wanted = self._targets(session, x_t, t, words, anchors)
             total = (of.predict(x_t, t, words) - wanted).square().mean()
             if others is not None:

@@ -1,6 +1,6 @@
 """SalUn: saliency unlearning, which moves only the weights on which the concept depends most."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
@@ -23,9 +23,10 @@ def saliency_mask(gradients: Mapping[str, Tensor], keep: float) -> dict[str, Ten
 def saliency_mask(gradients: Tensor | Mapping[str, Tensor], keep: float) -> Tensor | dict[str, Tensor]:
     """True on the share ``keep`` of weights whose gradients are largest by size: bool, shaped as the gradients.
 
-    One threshold for all tensors of a mapping. Exactly round(keep n) weights are chosen; of equal ones the first. Exact in float32 and
-    without sorting: two counts of 16 bits each find the threshold, in memory that does not depend on n. Errors: a share outside 0..1 and
-    gradients that are not finite raise. Source: Fan et al., ICLR 2024; the released code sorts all weights.
+    One threshold for all tensors of a mapping. Exactly int(keep n) weights are chosen, as in the released code; of equal ones the first.
+    Exact without sorting: counts of 16 bits each find the threshold, two in float32 and four in float64, in memory that does not depend
+    on n. Errors: a share outside 0..1 and gradients that are not finite raise. Source: Fan et al., ICLR 2024; the released code sorts all
+    weights, and until December 2023 it took those with the smallest gradients.
     """
     if isinstance(gradients, Tensor):
         return saliency_mask({"": gradients}, keep)[""]
@@ -36,11 +37,12 @@ def saliency_mask(gradients: Tensor | Mapping[str, Tensor], keep: float) -> Tens
             raise ErasureError(
                 f"salun: the gradient of {name} is not finite, so nothing says which weights matter; load the base in float32"
             )
-    count = round(keep * sum(gradient.numel() for gradient in gradients.values()))
-    threshold, left = _threshold(list(gradients.values()), count)
+    count = int(keep * sum(gradient.numel() for gradient in gradients.values()))
+    width = 64 if any(gradient.dtype == torch.float64 for gradient in gradients.values()) else 32
+    threshold, left = _threshold(list(gradients.values()), count, width)
     masks = {}
     for name, gradient in gradients.items():
-        bits = _bits(gradient.flatten())
+        bits = _bits(gradient.flatten(), width)
         mask = bits > threshold
         ties = (bits == threshold).nonzero().flatten()[:left]
         mask[ties] = True
@@ -49,23 +51,23 @@ def saliency_mask(gradients: Tensor | Mapping[str, Tensor], keep: float) -> Tens
     return masks
 
 
-def _bits(values: Tensor) -> Tensor:
-    """Sizes of float32 values as integers in the same order: the sign bit off, exponents above mantissas."""
-    return values.float().abs().contiguous().view(torch.int32)
+def _bits(values: Tensor, width: int) -> Tensor:
+    """Sizes of floats as integers of 32 or 64 bits in the same order: the sign bit off, exponents above mantissas."""
+    real, whole = (torch.float64, torch.int64) if width == 64 else (torch.float32, torch.int32)
+    return values.to(real).abs().contiguous().view(whole)
 
 
-def _threshold(tensors: Sequence[Tensor], count: int) -> tuple[int, int]:
+def _threshold(tensors: Sequence[Tensor], count: int, width: int) -> tuple[int, int]:
     """Bits of the ``count``-th largest size of all entries, and how many entries of just that size are among these."""
-
-    def chunks() -> Iterator[Tensor]:
-        return (_bits(part) for tensor in tensors for part in tensor.flatten().split(CHUNK))
-
     if count == 0:
-        return torch.iinfo(torch.int32).max, 0
-    upper, above = _place(sum(torch.bincount(part >> 16, minlength=HALF).cpu() for part in chunks()), count)  # type: ignore[arg-type]
-    inside = (part[part >> 16 == upper] & (HALF - 1) for part in chunks())
-    lower, over = _place(sum(torch.bincount(part, minlength=HALF).cpu() for part in inside), count - above)  # type: ignore[arg-type]
-    return upper * HALF + lower, count - above - over
+        return (1 << (width - 1)) - 1, 0
+    found, left = 0, count
+    for shift in range(width - 16, -1, -16):
+        digits = (_bits(part, width) >> shift for tensor in tensors for part in tensor.flatten().split(CHUNK))
+        inside = (part[part >> 16 == found] & (HALF - 1) for part in digits)
+        place, above = _place(sum(torch.bincount(part, minlength=HALF).cpu() for part in inside), left)  # type: ignore[arg-type]
+        found, left = found * HALF + place, left - above
+    return found, left
 
 
 def _place(counts: Tensor, count: int) -> tuple[int, int]:
@@ -124,7 +126,7 @@ class SalUn(TrainedMethod):
         def loss(step: int, generator: torch.Generator) -> Tensor:
             gone = forget.noised(of, self.batch, generator)
             with torch.no_grad():
-                wanted = of.predict(gone.x_t, gone.t, [pairs[i % len(pairs)][1] for i in gone.which])
+                wanted = of.predict(gone.x_t, gone.t, [pairs[i][1] for i in gone.sources])
             total = (of.predict(gone.x_t, gone.t, gone.prompts) - wanted).square().mean()
             here = remain.noised(of, self.batch, generator)
             return total + self.retain_scale * (of.predict(here.x_t, here.t, here.prompts) - here.target).square().mean()

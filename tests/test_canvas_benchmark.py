@@ -164,9 +164,9 @@ def test_a_damaged_cell_is_an_error_and_no_gap(table: Any, docs: Docs) -> None:
 
 
 def test_the_page_keeps_what_people_wrote_around_the_tables(table: Any, docs: Docs, tmp_path: Path) -> None:
-    given = (docs.folder, ["canvas"], ["esd"], CONCEPTS, range(3))
-    table.publish(*given)
     page = tmp_path / "canvas.md"
+    given = (docs.folder, page, {"canvas": ["esd"]}, CONCEPTS, range(3))
+    table.publish(*given)
     page.write_text(page.read_text().replace("| esd |", "| stale |") + "\nWhy.\n")
     table.publish(*given)
     text = page.read_text()
@@ -179,7 +179,7 @@ def test_memory_of_fits_is_gathered_from_artefacts(table: Any, docs: Docs, tmp_p
         config = tmp_path / f"out/canvas/fish/seed{seed}/artefacts/esd/erasure_config.json"
         config.parent.mkdir(parents=True)
         config.write_text(json.dumps({"cost": {"fit_peak_memory_mb": 100 * (seed + 1)}}))
-    table.gather_memory(docs.folder, "canvas", tmp_path / "out")
+    import_module("canvas_cells").gather_memory(docs.folder, "canvas", tmp_path / "out")
     found = rows(table, docs)
     assert found["esd"].fit_memory() == 200 and found["negative_prompt"].fit_memory() is None
     assert found["esd"].median("fit_seconds") == 10.5  # of 10 twice, 11 and 12

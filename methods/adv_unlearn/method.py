@@ -42,12 +42,14 @@ class AdvUnlearn(TrainedMethod):
     paper: ClassVar[str] = "arXiv:2405.15234"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {
-            "part": "text", "steps": 1000, "lr": 1e-5, "batch": 1, "guidance": 3.0, "sampling_steps": 50, "eta": 1.0, "images": 100,
+            "part": "text", "steps": 1000, "lr": 1e-5, "batch": 1, "guidance": 3.0, "sampling_steps": 50, "eta": 1.0, "start": "null",
+            "images": 100,
             "retain_scale": 0.3, "retain_batch": 5, "neutral": True, "expand": False, "warmup": 200,
             "attack_steps": 30, "attack_lr": 1e-3, "radius": 1.0, "attack_states": "fresh",
         },
         "canvas": {
-            "part": "text", "steps": 100, "lr": 3e-4, "batch": 4, "guidance": 4.0, "sampling_steps": 10, "eta": 1.0, "images": 32,
+            "part": "text", "steps": 100, "lr": 3e-4, "batch": 4, "guidance": 4.0, "sampling_steps": 10, "eta": 1.0, "start": "null",
+            "images": 32,
             "retain_scale": 1.0, "retain_batch": 4, "neutral": False, "expand": True, "warmup": 20,
             "attack_steps": 1, "attack_lr": 0.02, "radius": 0.3, "attack_states": "same",
         },
@@ -71,6 +73,8 @@ class AdvUnlearn(TrainedMethod):
     """Steps at clean prompts before the first attack."""
     eta: OfPreset[float] = FROM_PRESET
     """Strength of the negative guidance, η, of ESD's target."""
+    start: OfPreset[Literal["null", "anchor"]] = FROM_PRESET
+    """Where ESD's target is guided away from the concept: null (paper), or the anchor, so that another thing is drawn (ours)."""
     retain_batch: OfPreset[int] = FROM_PRESET
     """Retained prompts a step."""
     neutral: OfPreset[bool] = FROM_PRESET
@@ -105,8 +109,9 @@ class AdvUnlearn(TrainedMethod):
     def objective(self, session: Session) -> Loss:
         of, targets, kept = session.denoising, self._targets(session.concepts), self._kept(session.concepts)
         reader = Reader(of)
+        anchors = dict(self.phrases(session.concepts))
         reader.check(next(iter(targets)))
-        of.encode([*targets, *kept])  # from here on what the base's encoders say is known
+        of.encode([*targets, *anchors.values(), *kept])  # from here on what the base's encoders say is known
         making: dict[str, Any] = {"steps": self.sampling_steps, "guidance": self.guidance, "batch": max(self.batch, 8), "whole": True}
         gone = session.pool(list(targets), self.images, **making)
         others = session.pool(kept, self.images, **making) if kept and self.retain_scale else None
@@ -116,12 +121,13 @@ class AdvUnlearn(TrainedMethod):
             prompts = [gone.prompts[i] for i in some]
             with session.tuned.reference():
                 null, concept = (of.predict(x_t, t, texts) for texts in ([""] * len(prompts), prompts))
+                start = of.predict(x_t, t, [anchors[text] for text in prompts]) if self.start == "anchor" else None
             perturbed = None
             if step >= self.warmup:
                 slots = reader.slots(prompts, [targets[text] for text in prompts], self.strategy, self.tokens, generator)
                 view = _View(gone, some, x_t, t, concept)
                 perturbed = slots, self.attacked(session, reader, slots, prompts, view, generator)
-            total = (of.predict(x_t, t, reader.encode(prompts, perturbed)) - esd.target(null, concept, self.eta)).square().mean()
+            total = (of.predict(x_t, t, reader.encode(prompts, perturbed)) - esd.target(null, concept, self.eta, start)).square().mean()
             if others is not None:
                 x_t, t, some = others.state(self.retain_batch, generator)
                 prompts = [others.prompts[i] for i in some]

@@ -48,33 +48,36 @@ class Minimalist(ErasureMethod):
     trained: ClassVar[bool] = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "budget": {
-            "units": ("heads", "neurons", "norms"), "layers": (), "steps": 100, "lr": 0.1, "weight_decay": 0.0,
-            "batch": 1, "accumulation": 4,
-            "images": 40, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 1.0, "regulariser": "budget", "init": 3.0, "spread": 0.5,
-            "clamp": "through", "expand": False,
+            "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 100, "lr": 0.1, "weight_decay": 0.0,
+            "batch": 1, "accumulation": 4, "images": 40, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 1.0,
+            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "through", "expand": False, "recompute": True,
         },
         "released": {  # its FLUX configuration: heads have a learning rate of 0
-            "units": ("neurons", "norms"), "layers": ("ff", "ff_context", "norm1_context"), "steps": 50, "lr": 0.5, "weight_decay": 0.01,
-            "batch": 1, "accumulation": 4, "images": 40, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 0.1, "regulariser": "none",
-            "init": 3.0, "spread": 0.5, "clamp": "hard", "expand": False,
+            "units": ("neurons", "norms"), "layers": ("ff", "ff_context", "norm1_context"), "budget": 0.02, "steps": 50, "lr": 0.5,
+            "weight_decay": 0.01, "batch": 1, "accumulation": 4, "images": 40, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 0.1,
+            "regulariser": "none", "init": 3.0, "spread": 0.5, "clamp": "hard", "expand": False, "recompute": True,
         },
         "canvas": {
-            "units": ("heads", "neurons", "norms"), "layers": (), "steps": 60, "lr": 0.2, "weight_decay": 0.0,
-            "batch": 4, "accumulation": 1,
-            "images": 32, "sampling_steps": 5, "guidance": 4.0, "retain_scale": 1.0, "regulariser": "budget", "init": 3.0, "spread": 0.5,
-            "clamp": "through", "expand": True,
+            "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.05, "steps": 160, "lr": 0.2, "weight_decay": 0.0,
+            "batch": 4, "accumulation": 1, "images": 96, "sampling_steps": 5, "guidance": 4.0, "retain_scale": 1.0,
+            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "through", "expand": True, "recompute": False,
+        },
+        "canvas-flow": {
+            "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 200, "lr": 0.15, "weight_decay": 0.0,
+            "batch": 4, "accumulation": 1, "images": 96, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 1.0,
+            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "through", "expand": True, "recompute": False,
         },
     }  # fmt: skip
 
-    preset: Literal["budget", "released", "canvas"] = "budget"
-    """Values of what is not given: ours for FLUX-schnell, the released code's for it, or quick ones for the canvas."""
+    preset: Literal["budget", "released", "canvas", "canvas-flow"] = "budget"
+    """Values of what is not given: ours for FLUX-schnell, the released code's for it, or quick ones for an embedded model."""
     objective: Literal["erase", "preserve"] = "erase"
     """erase: the concept becomes its anchor. preserve (EcoDiff): all outputs stay while the budget's share of units is switched off."""
     units: OfPreset[tuple[Unit, ...]] = FROM_PRESET
     """What has gates: attention heads, feed-forward neurons, outputs of norms."""
     layers: OfPreset[tuple[str, ...]] = FROM_PRESET
     """Only units in layers with one of these dotted parts in the name; all if empty."""
-    budget: float = 0.02
+    budget: OfPreset[float] = FROM_PRESET
     """Largest share of the units of each kind that may be switched off; with ``preserve``, the share that is: the lowest logits."""
     budget_scale: float = 1.0
     """Weight of the regulariser: the relative overshoot of the budget."""
@@ -110,7 +113,7 @@ class Minimalist(ErasureMethod):
     """Put each phrase into five short templates, too."""
     size: int | None = None
     """Pixels a side of the samples; the pipeline's own if not given."""
-    recompute: bool = True
+    recompute: OfPreset[bool] = FROM_PRESET
     """Run each sampling step again in the backward pass, in the memory of one step; false keeps all activations."""
 
     def __post_init__(self) -> None:

@@ -97,7 +97,7 @@ def test_a_prompt_counts_once_with_its_first_kind(tmp_path: Path) -> None:
 
 def test_measure_by_hand() -> None:
     scores = [("named", 3.0), ("pair", 1.0), ("neighbour", 1.0), ("other", 0.0)]
-    lines = measure([{"kind": kind, "score": s, "decision": "concept" if s >= 2 else "other"} for kind, s in scores])
+    lines = measure([{"kind": kind, "score": s, "threshold": 2, "decision": "concept" if s >= 2 else "other"} for kind, s in scores])
     assert [line["prompts"] for line in lines] == ["named", "unrelated"]
     assert lines[0]["auc"] == pytest.approx(3.5 / 4) and lines[0]["called"] == 0.5 and lines[1]["called"] == 0
 

@@ -1,5 +1,7 @@
 """Interpret-then-Deactivate: formulas against loops, the gate, every family's tiny pipeline, and the canvas with its shipped coder."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from erasure.concept import Concept
 from erasure.errors import ErasureError
 from erasure.families import NAMES, family_of
 from erasure.method import Run
-from erasure.methods.itd import ItD, deactivate, gate, retained, select_features
+from erasure.methods.itd import ItD, deactivate, gate, select_features
 from erasure.methods.sae import SparseCoder, SparseCoderConfig
+from erasure.methods.sae.prompts import retained
 from erasure.methods.sae.sources import coders
 from erasure.models import load_base
 from erasure.testing import check_method
@@ -42,6 +45,15 @@ def test_deactivation_spares_the_start_token_and_other_features() -> None:
         for feature in range(10):
             times = -8.0 if token and feature in (1, 7) else 1.0
             assert torch.equal(out[:, token, feature], times * codes[:, token, feature])
+
+
+def test_each_prompt_can_have_features_of_its_own_and_none_is_the_identity() -> None:
+    codes = torch.rand(2, 5, 10)
+    mask = torch.zeros(2, 10, dtype=torch.bool)
+    mask[0, 3] = True
+    out = deactivate(codes, mask, -2.0)
+    assert torch.equal(out[0], deactivate(codes[0], torch.tensor([3]), -2.0)) and torch.equal(out[1], codes[1])
+    assert torch.equal(deactivate(codes, torch.zeros(0, dtype=torch.long), -2.0), codes)
 
 
 def test_the_gate_compares_a_mean_with_the_threshold() -> None:
@@ -100,6 +112,85 @@ def test_detection_names_the_prompts_of_the_concept() -> None:
     assert found[0].score >= found[0].threshold > found[1].score
 
 
+def embeddings(pipe: Any, prompts: list[str], eraser: Any = None) -> torch.Tensor:
+    with nullcontext() if eraser is None else eraser.attach(pipe):
+        found: torch.Tensor = pipe.encode_prompt(prompts, "cpu", 1, False)[0]
+    return found
+
+
+def test_with_one_concept_both_kinds_of_gate_are_the_same_bit_by_bit() -> None:
+    pipe, prompts = canvas(), ["a flat drawing of a dagger", "a drawing of a cat, mint", "stiletto and a house"]
+    each, union = (ItD(gates=gates).fit(pipe, [canvas_concept("dagger")]) for gates in ("each", "union"))
+    assert set(each.held) == set(union.held) and all(torch.equal(value, union.held[name]) for name, value in each.held.items())
+    assert each.held["text_encoder.threshold"].shape == (1,) and each.held["text_encoder.owners"].unique().tolist() == [0]
+    assert torch.equal(embeddings(pipe, prompts, each), embeddings(pipe, prompts, union))
+
+
+def test_a_prompt_is_edited_by_the_features_of_those_concepts_whose_gate_opens() -> None:
+    pipe = canvas()
+    names = ("dagger", "guitar", "pizza")
+    eraser = ItD().fit(pipe, [canvas_concept(name) for name in names])
+    owners, features = eraser.held["text_encoder.owners"], eraser.held["text_encoder.features"]
+
+    def only(*chosen: int) -> Any:
+        which = torch.isin(owners, torch.tensor(chosen))
+        kept = {"features": features[which], "owners": torch.tensor([chosen.index(i) for i in owners[which].tolist()])}
+        kept["threshold"] = eraser.held["text_encoder.threshold"][list(chosen)]
+        return replace(eraser, held={**eraser.held, **{f"text_encoder.{name}": value for name, value in kept.items()}})
+
+    for i, name in enumerate(names):
+        prompts = [f"a flat drawing of a {name}", "a drawing of a cat"]
+        assert torch.equal(embeddings(pipe, prompts, eraser), embeddings(pipe, prompts, only(i)))
+        assert torch.equal(embeddings(pipe, prompts, eraser)[1], embeddings(pipe, prompts)[1])
+        assert eraser.detect(pipe, prompts)[0].concept == name
+    both = ["a drawing of a dagger and a guitar"]
+    assert torch.equal(embeddings(pipe, both, eraser), embeddings(pipe, both, only(0, 1)))
+    assert not torch.equal(embeddings(pipe, both, only(0, 1)), embeddings(pipe, both, only(0)))
+
+
+def test_gates_of_many_concepts_leave_alone_what_one_gate_for_all_edits() -> None:
+    pipe = canvas()
+    names = ("dagger", "guitar", "pizza", "penguin", "trumpet", "drum", "hamster", "rocket", "tulip", "unicorn")
+    concepts = [replace(one, retain=tuple(o for o in one.retain if o not in names)) for one in map(canvas_concept, names)]
+    kept = [f"a {style} drawing of a {o} on a {b} background" for o in ("cat", "castle", "car", "owl") for style in ("flat", "sticker")
+            for b in ("white", "sky", "mint")]  # fmt: skip
+    plain = embeddings(pipe, kept)
+    same = {}
+    for gates in ("each", "union"):
+        edited = embeddings(pipe, kept, ItD(gates=gates).fit(pipe, concepts))  # type: ignore[arg-type]
+        same[gates] = sum(torch.equal(a, b) for a, b in zip(plain, edited, strict=True))
+    assert same["each"] == len(kept) > same["union"]
+
+
+def test_a_style_goes_from_prompts_that_show_things_and_other_styles_stay_bit_by_bit() -> None:
+    pipe = canvas()
+    eraser = ItD().fit(pipe, [canvas_concept("flat")])
+    named = [
+        f"a {style} image of a {o} over {b}"
+        for style in ("flat", "minimal")
+        for o, b in (("robot", "sky"), ("owl", "pink"), ("bus", "mint"))
+    ]
+    options = {"num_inference_steps": 20, "guidance_scale": 4.0, "output_type": "pt"}
+    with eraser.attach(pipe):
+        images = pipe(named, generator=[torch.Generator().manual_seed(i) for i in range(6)], **options).images
+    assert int((judge_dev()(images).style == world().styles.index("flat")).sum()) <= 1
+    pairs = ["a minimal image of an owl beside a robot over sky", "a pink card with a bus and a moon, flat style"]
+    assert [one.decision for one in eraser.detect(pipe, pairs)] == ["concept"] * 2
+    other = [prompt.replace("flat", "sticker").replace("minimal", "decal") for prompt in named]
+    assert torch.equal(embeddings(pipe, other, eraser), embeddings(pipe, other))
+
+
+def test_without_features_every_prompt_passes_as_it_is_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    pipe, prompts = canvas(), ["a dagger", "a cat"]
+    for gate in ("change", "reconstruction", "off"):
+        fitted = ItD(gate=gate, error_term=False).fit(pipe, [canvas_concept("dagger")])  # type: ignore[arg-type]
+        none = {f"text_encoder.{name}": torch.zeros(0, dtype=torch.long) for name in ("features", "owners")}
+        eraser = replace(fitted, held={**fitted.held, **none})
+        assert torch.equal(embeddings(pipe, prompts, eraser), embeddings(pipe, prompts))
+        assert not torch.equal(embeddings(pipe, prompts, fitted), embeddings(pipe, prompts))
+    assert "no feature is switched in text_encoder, so every prompt passes there as it is" in caplog.text
+
+
 def test_several_concepts_are_the_union_without_a_training() -> None:
     pipe = canvas()
     one, other = (canvas_concept(name) for name in ("dagger", "guitar"))
@@ -112,8 +203,12 @@ def test_several_concepts_are_the_union_without_a_training() -> None:
 def test_bad_input_says_what_to_do(tmp_path: Path) -> None:
     pipe = canvas()
     SparseCoder(SparseCoderConfig(d_in=160, num_latents=8, k=8, hookpoint="text_encoder.layers.2")).save(tmp_path / "small")
-    with pytest.raises(ErasureError, match="no feature of 'dagger' that no retained prompt has too"):
+    with pytest.raises(ErasureError, match=r"no feature of 'dagger' that no retained prompt has too; shared are \d+, .*by 'a "):
         ItD(sae=str(tmp_path / "small")).fit(pipe, [canvas_concept("dagger")])
+    with pytest.raises(ErasureError, match=r"no feature of 'blade' that .* by 'a picture of a dagger'"):
+        ItD().fit(pipe, [canvas_concept("pizza"), Concept("blade", targets=("stiletto",), retain=("dagger",))])
+    with pytest.raises(ErasureError, match=r"concept 'dagger': retain\[1\], 'Dagger ', is a target too"):
+        Concept("dagger", retain=("axe", "Dagger "))
     SparseCoder(SparseCoderConfig(d_in=159, num_latents=8, k=2, hookpoint="text_encoder.layers.2")).save(tmp_path / "narrow")
     with pytest.raises(ErasureError, match="160 wide, and the coder was made for 159"):
         ItD(sae=str(tmp_path / "narrow")).fit(pipe, [canvas_concept("dagger")])

@@ -84,6 +84,14 @@ def test_a_prompt_without_direction_of_its_own_is_no_division_by_zero(dtype: tor
     assert torch.allclose(guided, uncond - (negative - uncond), atol=1e-6), "all of the negative is at right angles to nothing"
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_the_squares_of_a_large_latent_add_up_to_more_than_half_precision_holds(dtype: torch.dtype, bound: float) -> None:
+    uncond, text, negative = (2 * torch.randn(3, 1, 4, 128, 128, generator=torch.Generator().manual_seed(0))).to(dtype)
+    guided = perp_neg.guide(uncond, text, [negative], 1.0, 1.0)
+    exact = perp_neg.guide(uncond.double(), text.double(), [negative.double()], 1.0, 1.0)
+    assert guided.dtype == dtype and float((guided.double() - exact).norm() / exact.norm()) < bound
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("negatives", "texts"), [("joined", ["dagger, knife"]), ("each", ["dagger", "knife"])])
 def test_every_family_gets_the_papers_guidance_at_every_step(name: str, negatives: str, texts: list[str]) -> None:

@@ -7,10 +7,11 @@ import torch
 
 from erasure.concept import Concept, load
 from erasure.families import family_of
-from erasure.methods.itd import ItD, prompts_of, retained, strongest
-from erasure.methods.sae.features import explain, retained_phrases, scaled, strip
+from erasure.methods.itd import ItD, strongest
+from erasure.methods.sae.features import explain, scaled, strip
 from erasure.methods.sae.hookpoints import activations
 from erasure.methods.sae.interpret import Reading, all_peaks, concept_scores, faint, peaks, read, sharers, tokens, top_prompts
+from erasure.methods.sae.prompts import prompts_of, retained, retained_phrases
 from erasure.models import load_base
 
 

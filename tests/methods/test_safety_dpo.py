@@ -41,6 +41,17 @@ def test_the_loss_is_that_of_the_paper(beta: float) -> None:
     assert float(found) == pytest.approx(total / 3, rel=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_beta_does_not_magnify_the_rounding_of_half_precision(dtype: torch.dtype) -> None:
+    noise = rand(0)
+    given = [(noise + 0.3 * rand(seed)).to(dtype) for seed in range(1, 5)] + [noise.to(dtype)]
+    found, exact = (
+        float(safety_dpo.loss(safe, unsafe, ref_safe, ref_unsafe, drawn, drawn, 5000.0))
+        for safe, unsafe, ref_safe, ref_unsafe, drawn in (given, [each.double() for each in given])
+    )
+    assert found == pytest.approx(exact, rel=1e-4)
+
+
 def test_a_model_that_is_the_reference_is_undecided() -> None:
     some = [rand(seed) for seed in range(4)]
     assert float(safety_dpo.loss(some[0], some[1], some[0], some[1], some[2], some[3], 5000.0)) == pytest.approx(math.log(2))

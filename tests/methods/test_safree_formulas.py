@@ -63,6 +63,20 @@ def test_the_token_whose_absence_leaves_the_concept_is_the_trigger() -> None:
     assert safree.trigger_mask(masked, safree.projector(direction[None]), 0.01).nonzero().flatten().tolist() == [2]
 
 
+def test_tokens_of_equal_distance_are_triggers_unless_alpha_lets_them_pass() -> None:
+    for value in (0.1, 0.37, 1 / 3):
+        for n in range(2, 40):
+            masked, toxic = torch.full((n, 8), value), torch.zeros(8, 8)
+            assert safree.trigger_mask(masked, toxic, 0.0).all() and not safree.trigger_mask(masked, toxic, 0.01).any()
+
+
+def test_half_precision_is_compared_in_double() -> None:
+    masked = torch.cat([(rand(1, 64, seed=i) + 0.1 * rand(12, 64, seed=50 + i)).bfloat16()[None] for i in range(40)])
+    toxic = safree.projector(rand(3, 64, seed=99)).bfloat16()
+    found = [safree.trigger_mask(each, toxic, 0.01).tolist() for each in masked]
+    assert found == [naive_triggers(each.double(), toxic.double(), 0.01) for each in masked]
+
+
 # projection of tokens
 
 
@@ -123,6 +137,8 @@ def test_reattend_equals_the_dense_transform(rule: Any, height: int, width: int,
     safe, original = rand(2, 3, height, width).float(), rand(2, 3, height, width, seed=1).float()
     ours = safree.reattend(safe, original, 0.3, radius, rule)
     np.testing.assert_allclose(ours.numpy(), dense_reattend(safe, original, 0.3, radius, rule), atol=1e-5)
+    exact = safree.reattend(safe.double(), original.double(), 0.3, radius, rule)
+    np.testing.assert_allclose(exact.numpy(), dense_reattend(safe, original, 0.3, radius, rule), atol=1e-12)
 
 
 def test_reattend_leaves_equal_features_and_other_frequencies_alone() -> None:

@@ -58,6 +58,13 @@ def test_weights_that_matter_for_nobody_or_for_the_concept_alone() -> None:
     assert ssd.dampen(theta, some, some, 1.0, 1.0) == 2.0, "α F_all itself is not above α F_all"
 
 
+def test_a_weight_of_few_bits_is_rounded_once() -> None:
+    theta, forget, everything = rand(40, 50).bfloat16(), rand(40, 50, seed=1).square().float(), rand(40, 50, seed=2).square().float()
+    exact = ssd.dampen(theta.double(), forget.double(), everything.double(), 1.0, 1.0)
+    found = ssd.dampen(theta, forget, everything, 1.0, 1.0)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, exact.bfloat16())
+
+
 def test_bad_fisher_terms_and_settings_are_errors() -> None:
     for wrong in (float("nan"), float("inf"), -1.0):
         with pytest.raises(ErasureError, match="terms of all"):
@@ -78,7 +85,7 @@ def test_fisher_terms_are_mean_squared_gradients_of_each_batch(name: str, batch:
     method = SSD.from_config({**QUICK, "batch": batch, "draws": 2})
     of = Denoising(pipe, family, 16)
     clean, _ = of.paths(["a dagger", "cat", "boat"], [0, 1, 2], steps=2, guidance=1.0)
-    pool = Pool(clean[:, -1:], torch.zeros(0), ["a dagger", "cat", "boat"])
+    pool = Pool(clean[:, -1:], torch.zeros(0), ["a dagger", "cat", "boat"], [0, 1, 2])
     with ExitStack() as stack:
         tuned = stack.enter_context(tuning.weights(pipe, tuning.chosen(pipe, family, "kv")))
         found = method.fisher(Session(of, tuned, (CONCEPT,), Run(seed=5, progress=False), stack), pool)
@@ -127,8 +134,16 @@ def test_a_share_dampens_that_share_by_the_highest_ratios() -> None:
     for share in (0.002, 0.01, 0.3):
         alpha = ssd._threshold(forget, rest, share)
         chosen = sum(int((forget[name] > alpha * rest[name]).sum()) for name in forget)
-        assert chosen == round(share * 2500) == int((ratios > alpha).sum())
+        assert chosen == int(share * 2500) == int((ratios > alpha).sum())
         assert alpha == pytest.approx(float(ratios.sort(descending=True).values[chosen - 1]), rel=1e-5)
+
+
+def test_a_share_of_less_than_one_weight_and_weights_of_the_concept_alone() -> None:
+    forget, rest = {"a": torch.tensor([8.0, 4.0, 2.0, 1.0])}, {"a": torch.tensor([0.0, 0.0, 1.0, 1.0])}
+    assert ssd._threshold(forget, rest, 0.2) == float("inf"), "nothing is dampened, rather than everything"
+    for share, left in ((0.5, [0.0, 0.0, 1.0, 1.0]), (0.75, [0.0, 0.0, 0.5, 1.0])):
+        alpha = ssd._threshold(forget, rest, share)
+        assert ssd.dampen(torch.ones(4), forget["a"], rest["a"], alpha, 1.0).tolist() == left
 
 
 def test_settings_reach_the_weights() -> None:
@@ -143,7 +158,7 @@ def test_settings_reach_the_weights() -> None:
     for config in ({"alpha": 5.0}, {"share": 0.01}, {"dampening": 0.0}, {"batch": 2}, {"draws": 2}, {"images": 3}, {"guidance": 1.0}):
         assert not torch.equal(flat(**config), plain), f"{config} changes nothing"
     base = torch.cat([pipe.unet.get_parameter(n[5:]).detach().flatten() for n in names])
-    assert int((flat(share=0.01, dampening=0.0) != base).sum()) == round(0.01 * len(base))
+    assert int((flat(share=0.01, dampening=0.0) != base).sum()) == int(0.01 * len(base))
     assert (flat(dampening=0.0)[plain != base] == 0).all(), "without λ what is chosen is pruned"
     assert fit(pipe, layers=("mid_block",)).changed.keys() <= {f"unet.{n}" for n, _ in pipe.unet.named_parameters() if "mid_block" in n}
 
@@ -160,6 +175,8 @@ def test_nothing_to_dampen_and_pipelines_that_do_not_fit_are_errors() -> None:
     pipe = sd1()
     with pytest.raises(ErasureError, match="smaller alpha"):
         fit(pipe, alpha=1e30, part="kv")
+    with pytest.raises(ErasureError, match=r"\(larger\) share"):
+        fit(pipe, share=1e-9, part="kv")
     with fit(pipe, part="kv").attach(pipe), pytest.raises(NotErased, match="detach it first"):
         fit(pipe)
     with pytest.raises(UnsupportedFamily, match="wan"):

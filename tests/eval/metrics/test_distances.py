@@ -60,6 +60,7 @@ def test_equal_sets_are_at_zero_even_when_smaller_than_the_features() -> None:
     x = np.random.default_rng(0).normal(size=(16, 400))
     mu, cov = x.mean(0), np.cov(x, rowvar=False)
     assert frechet.distance(mu, cov, mu, cov) == pytest.approx(0, abs=1e-9)
+    assert min(frechet.distance(mu, scale * cov, mu, scale * cov) for scale in range(1, 11)) >= 0, "rounding makes it no less than 0"
 
 
 @pytest.mark.parametrize(
