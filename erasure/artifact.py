@@ -120,8 +120,11 @@ def _replace(folder: Path, partial: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_eraser(folder: str | Path) -> tuple[Eraser, dict[str, Any]]:
-    """The eraser of an artefact folder and its configuration, with schema, files and hashes checked."""
+def load_eraser(folder: str | Path, component: str | None = None) -> tuple[Eraser, dict[str, Any]]:
+    """The eraser of an artefact folder and its configuration, with schema, files and hashes checked.
+
+    ``component``: raise unless the eraser changes the weights of that one and of no other.
+    """
     folder = Path(folder)
     config = read_config(folder)
     state = check_files(folder, config)
@@ -141,6 +144,8 @@ def load_eraser(folder: str | Path) -> tuple[Eraser, dict[str, Any]]:
         raise ArtifactError(f"{state or folder} does not hold what {method.name} needs: {error}") from error
     if eraser.kind != config["kind"]:
         raise ArtifactError(f"{folder / CONFIG}: {method.name} makes erasers of kind {eraser.kind}, not {config['kind']}")
+    if component is not None:
+        _changes_only(eraser, component, str(folder))
     return eraser, config
 
 
@@ -150,13 +155,12 @@ def check(folder: str | Path, pipe: Any, *, always_canary: bool = False, compone
     ``component``: the only one that the artefact changes, and the only one that must be its base's (a text encoder that pipelines of
     several families share). How far the canary moves depends on the rest, so there it must only move.
     """
-    eraser, config = load_eraser(folder)
-    if component is not None:
-        _changes_only(eraser, component, str(folder))
+    eraser, config = load_eraser(folder, component)
     if vars(pipe).get("_erasers"):
         raise ArtifactError(f"{folder} is checked against a bare base, and this pipeline has an eraser attached: detach it first")
     left_out = fingerprint.check(pipe, config["base"], str(folder), component)
-    matches = f"matches; quantised and not compared: {', '.join(left_out)}" if left_out else "matches"
+    matches = "matches" if component is None else f"{component} matches; nothing else was compared"
+    matches += f"; quantised and not compared: {', '.join(left_out)}" if left_out else ""
     report: dict[str, Any] = {"artefact": str(folder), "method": config["method"], "files": len(config["files"]), "fingerprint": matches}
     if isinstance(eraser, WeightEraser):
         report["changed_tensors"] = fingerprint.count_changed(pipe, eraser.values(pipe), str(folder))
@@ -172,14 +176,21 @@ def check(folder: str | Path, pipe: Any, *, always_canary: bool = False, compone
 def _changes_only(eraser: Eraser, component: str, source: str) -> None:
     """Raise unless a weight eraser changes that component and no other."""
     if not isinstance(eraser, WeightEraser):
-        raise ArtifactError(f"{source}: {eraser.method.name} is no change of weights of one component; load it onto its own base")
+        raise ErasureError(
+            f"{source}: {eraser.method.name} is no change of weights of one component, {component!r} or another; load it onto its own base"
+        )
     if (found := {name.partition(".")[0] for name in eraser.writes()}) != {component}:
-        raise ArtifactError(f"{source}: {eraser.method.name} changes {', '.join(sorted(found))}, not {component} alone")
+        there = ", ".join(sorted(found))
+        fix = f"give {there}" if len(found) == 1 else "load it onto its own base"
+        raise ErasureError(f"{source}: {eraser.method.name} changes {there}, not {component!r} alone; {fix}")
 
 
-def verify(folder: str | Path, pipe: Any) -> dict[str, Any]:
-    """Every check of an artefact on its base, canary included; raises at the first that fails and leaves ``pipe`` as it was."""
-    return check(folder, pipe, always_canary=True)[1]
+def verify(folder: str | Path, pipe: Any, *, component: str | None = None) -> dict[str, Any]:
+    """Every check of an artefact on its base, canary included; raises at the first that fails and leaves ``pipe`` as it was.
+
+    ``component``: see `check`.
+    """
+    return check(folder, pipe, always_canary=True, component=component)[1]
 
 
 def environment() -> dict[str, str]:

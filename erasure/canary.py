@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from .denoising import twin
 from .diffusion import prediction_of
 from .errors import ArtifactError
 from .families import Family, call_options, family_of
@@ -68,12 +69,20 @@ def latents(pipe: Any, prompt: str, steps: int = STEPS) -> Tensor:
 
 
 def change(pipe: Any, eraser: Eraser, prompt: str) -> float:
-    """Norm of the difference that ``eraser`` makes to the latents of a short run, relative to the base's."""
-    steps = steps_of(eraser)
+    """Norm of the difference that ``eraser`` makes to the latents of a short run, relative to the base's.
+
+    A pipeline that wants an image, too, is run as the text-to-image one with its parts, and so moves as that does.
+    """
+    pipe, steps = _from_text(pipe), steps_of(eraser)
     base = latents(pipe, prompt, steps)
     with eraser.attach(pipe):
         edited = latents(pipe, prompt, steps)
     return float((edited - base).norm() / base.norm())
+
+
+def _from_text(pipe: Any) -> Any:
+    family = family_of(pipe)
+    return pipe if any(cls.__name__ == family.pipelines[0] for cls in type(pipe).__mro__) else twin(pipe, family)
 
 
 def steps_of(eraser: Eraser) -> int:

@@ -32,7 +32,7 @@ class Denoising:
 
     def __init__(self, pipe: Any, family: Family, size: int | None = None) -> None:
         self.family, self.size = family, size
-        self.pipe = _twin(pipe, family)
+        self.pipe = twin(pipe, family)
         self.schedule = Schedule.of(self.pipe.scheduler)
         self._known: dict[str, Branch] = {}
         ((_, self.denoiser),) = list(family.parts(pipe))[:1]
@@ -147,7 +147,7 @@ class Denoising:
         return found
 
 
-def _twin(pipe: Any, family: Family) -> Any:
+def twin(pipe: Any, family: Family) -> Any:
     """A text-to-image pipeline of the family with the parts of ``pipe`` and a plain sampler; ``from_pipe`` would cast shared weights.
 
     It has no safety checker, since what is to be unlearned has to be seen.
@@ -156,11 +156,11 @@ def _twin(pipe: Any, family: Family) -> Any:
     known = inspect.signature(cls.__init__).parameters
     given = {key: value for key, value in {**pipe.config, **pipe.components}.items() if key in known}
     given |= {key: value for key, value in {"safety_checker": None, "requires_safety_checker": False}.items() if key in known}
-    twin = cls(**given | {"scheduler": _sampler(pipe.scheduler)})
-    twin.set_progress_bar_config(disable=True)
+    made = cls(**given | {"scheduler": _sampler(pipe.scheduler)})
+    made.set_progress_bar_config(disable=True)
     if hasattr(pipe, "default_sample_size"):
-        twin.default_sample_size = pipe.default_sample_size
-    return twin
+        made.default_sample_size = pipe.default_sample_size
+    return made
 
 
 def _sampler(scheduler: Any) -> Any:

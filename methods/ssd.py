@@ -45,7 +45,7 @@ def dampen(
             raise ErasureError(f"ssd_diffusion: Fisher terms of {name} are not finite, or below 0; load the base in float32 or bfloat16")
     chosen = fisher_forget > alpha * fisher_all
     ratio = dampening * fisher_all / torch.where(chosen, fisher_forget, 1)  # where it is chosen, F_forget is above 0
-    return torch.where(chosen, param * ratio.pow(exponent).clamp(max=bound).to(param.dtype), param)
+    return torch.where(chosen, (param * ratio.pow(exponent).clamp(max=bound)).to(param.dtype), param)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class SSD(ErasureMethod):
             changed = self._dampened(tuned.originals, forget, rest)
         if not changed:
             raise ErasureError(
-                "ssd_diffusion: no weight is chosen that it would change; take a smaller alpha or dampening, or give the share to dampen"
+                "ssd_diffusion: no weight is chosen that it would change; take a smaller alpha or dampening, or give a (larger) share"
             )
         return self.eraser(tuple(concepts), changed)
 
@@ -162,11 +162,11 @@ def _in_turn(first: Sequence[str], second: Sequence[str]) -> Iterator[str]:
 
 
 def _threshold(forget: Mapping[str, Tensor], rest: Mapping[str, Tensor], share: float) -> float:
-    """The α just below the ratios of that share of the weights."""
-    ratios = {name: forget[name] / rest[name].clamp(min=torch.finfo(torch.float32).tiny) for name in forget}
-    chosen = saliency_mask({name: ratio.clamp(max=torch.finfo(torch.float32).max) for name, ratio in ratios.items()}, share)
-    least = min((float(ratios[name][mask].min()) for name, mask in chosen.items() if mask.any()), default=0.0)
-    return least * (1 - 1e-6)
+    """The α just below the ratios of that share of the weights; infinite where the share is less than one weight."""
+    least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    ratios = {name: (forget[name] / rest[name].clamp(min=least)).clamp(max=most) for name in forget}
+    chosen = saliency_mask(ratios, share)
+    return min((float(ratios[name][mask].min()) for name, mask in chosen.items() if mask.any()), default=float("inf")) * (1 - 1e-6)
 
 
 @contextmanager

@@ -56,5 +56,5 @@ def test_another_base_is_told_by_it_there_too(tmp_path: Path) -> None:
     folder = artifact.save(UCE().fit(pipe, [CONCEPT]), tmp_path / "out", pipe=pipe, base_id="tiny")
     with torch.no_grad():
         pipe.unet.conv_out.bias.add_(0.5)
-    with pytest.raises(ArtifactError, match="canary 'dagger' moves by|sampled weights of unet differ"):
+    with pytest.raises(ArtifactError, match=r"canary 'dagger' moves by|sampled weights of unet differ"):
         erasure.verify(folder, sibling(pipe, "Img2Img"))

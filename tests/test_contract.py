@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ssd_diffusion": {"size": 16, "images": 2, "draws": 1, "sampling_steps": 2, "alpha": 2.0},
     "safety_dpo": {**TINY, "steps": 4, "lr": 0.2, "beta": 50.0, "warmup": 0},
     "gs_lora": {**TINY, "steps": 3, "lr": 0.05, "rank": 2},
-    "minimalist": {**TINY, "accumulation": 1, "steps": 6, "lr": 1.5, "budget": 0.3},
+    "minimalist": {**TINY, "accumulation": 1, "steps": 6, "lr": 1.5, "budget": 0.3, "clamp": "through"},
     "saeuron": {"sae": unet_coder(), "images": 1, "steps": 2, "percentile": 80.0, "factor": -20.0},
 }
 """What a method needs to show in a run of four steps; SLD's other presets jump at a threshold, where float32 noise decides."""

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from ..errors import ErasureError
 from .drawing import draw
-from .options import Base, DryRun, Engine, Folder, Images, Json, What
+from .options import Base, Component, DryRun, Engine, Folder, Images, Json, What
 from .output import plan, show
 from .rows import foretold, open_bench, row_name
 from .scores import Scores, needs
@@ -23,6 +23,7 @@ def evaluate(
     *,
     out: Folder,
     engine: Engine = "local",
+    component: Component = None,
     update_card: Annotated[bool, Parameter(negative=())] = False,
     json: Json = False,
     dry_run: DryRun = False,
@@ -43,11 +44,13 @@ def evaluate(
 
     if update_card and artefact == BASE:
         raise ErasureError("--update-card writes to an artefact's README.md, and the base is none: give the artefact's folder")
+    if update_card and component is not None:
+        raise ErasureError("--update-card writes what the artefact does to its own base, and --component is for others: give one of them")
     suite = images.load()
     choice = scores.choose(suite, [out / "images" / name for name in dict.fromkeys((BASE, row_name(artefact)))])
-    if dry_run and foretold(artefact, base, images, what, json, needs(base.model, suite, choice)):
+    if dry_run and foretold(artefact, base, images, what, json, needs(base.model, suite, choice), component):
         return
-    run, name, eraser = open_bench(artefact, base, images, what, out, json)
+    run, name, eraser = open_bench(artefact, base, images, what, out, json, component)
     if dry_run:
         plan(run, 1 if eraser is None else 2, json)
         return

@@ -17,7 +17,10 @@ EXAMPLES = {
         "erasure erase uce --model canvas --concept dagger --out out/dagger-uce",
         "erasure erase safree --model canvas --target bomb --target explosive --out out/bomb --alpha 0.02",
     ),
-    "verify": ("erasure verify out/dagger-uce --model canvas", "erasure verify out/dagger-uce --model canvas --json"),
+    "verify": (
+        "erasure verify out/dagger-uce --model canvas",
+        "erasure verify out/dagger-adv --model canvas-flow --component text_encoder",
+    ),
     "export": (
         "erasure export out/dagger-uce --model canvas --format lora --error 0.05 --out out/dagger-lora",
         "erasure export out/dagger-uce --model canvas --format single --out out/dagger-checkpoint",
@@ -32,7 +35,7 @@ EXAMPLES = {
     ),
     "evaluate": (
         "erasure evaluate out/dagger-uce --model canvas --suite canvas --out out/eval",
-        "erasure evaluate out/dagger-uce --model canvas --suite canvas-demo --limit 16 --steps 10 --out out/look",
+        "erasure evaluate out/dagger-adv --model canvas-flow --component text_encoder --suite canvas-demo --limit 16 --out out/look",
     ),
     "compare": (
         "erasure compare out/demo/results/base out/demo/results/uce",

@@ -3,7 +3,7 @@
 import json as jsonlib
 
 from .drawing import draw
-from .options import Base, DryRun, Engine, Folder, Images, Json, What
+from .options import Base, Component, DryRun, Engine, Folder, Images, Json, What
 from .output import plan
 from .rows import foretold, open_bench
 
@@ -17,6 +17,7 @@ def generate(
     out: Folder,
     shard: str = "1/1",
     engine: Engine = "local",
+    component: Component = None,
     json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -33,9 +34,9 @@ def generate(
     from erasure.eval.store import parse_shard
 
     part = parse_shard(shard)
-    if dry_run and foretold(artefact, base, images, what, json):
+    if dry_run and foretold(artefact, base, images, what, json, component=component):
         return
-    run, name, eraser = open_bench(artefact, base, images, what, out, json)
+    run, name, eraser = open_bench(artefact, base, images, what, out, json, component)
     if dry_run:
         plan(run, 1, json)
         return

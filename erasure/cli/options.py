@@ -28,6 +28,13 @@ Folder = Annotated[Path, Parameter(validator=_can_hold)]
 Seed = Annotated[int, Parameter(help="Seed of the fit.", validator=Number(gte=0))]
 Json = Annotated[bool, Parameter(help="Print JSON.", negative=())]
 DryRun = Annotated[bool, Parameter(help="Say what would be done, and stop.", negative=())]
+Component = Annotated[
+    str | None,
+    Parameter(
+        help="What alone must be that of the artefact's base, where the artefact changes nothing else: an erased text_encoder plugs into "
+        "every pipeline that has the same one, of another family too."
+    ),
+]
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 Engine = Annotated[
     Literal["local", "ray"], Parameter(help="Who makes the images: this process (or its launcher's ranks), or a Ray cluster's workers.")

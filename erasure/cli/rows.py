@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from ..method import Eraser
 
 
-def open_bench(artefact: str, base: Base, images: Images, what: What, out: Path, json: bool) -> "tuple[Any, str, Eraser | None]":
+def open_bench(
+    artefact: str, base: Base, images: Images, what: What, out: Path, json: bool, component: str | None = None
+) -> "tuple[Any, str, Eraser | None]":
     """The run folder of an artefact's concept, the name of its row, and the eraser, checked against the base it goes on.
 
     Whatever can be wrong without the base is said before the base is loaded.
@@ -22,10 +24,9 @@ def open_bench(artefact: str, base: Base, images: Images, what: What, out: Path,
     from .. import artifact
 
     suite = images.load()
-    eraser: Eraser | None = None
+    eraser = _eraser(artefact, component)
     name = BASE
-    if artefact != BASE:
-        eraser, _ = artifact.load_eraser(artefact)
+    if eraser is not None:
         name = row_name(artefact)
         if name == BASE:
             raise ErasureError(f"{artefact}: a folder called {BASE!r} would be taken for the base; rename it")
@@ -36,7 +37,7 @@ def open_bench(artefact: str, base: Base, images: Images, what: What, out: Path,
     pipe = base.load()
     suite = suite.fitting(pipe)
     if eraser is not None:
-        artifact.verify(artefact, pipe)
+        artifact.verify(artefact, pipe, component=component)
     return Bench(out, pipe, base.model, suite, concept, images.batch_size, progress=chatty(json)), name, eraser
 
 
@@ -45,20 +46,38 @@ def row_name(artefact: str) -> str:
     return Path(artefact).resolve().name if artefact != "base" else artefact
 
 
-def foretold(artefact: str, base: Base, images: Images, what: What, json: bool, more: dict[str, Any] | None = None) -> bool:
+def foretold(
+    artefact: str,
+    base: Base,
+    images: Images,
+    what: What,
+    json: bool,
+    more: dict[str, Any] | None = None,
+    component: str | None = None,
+) -> bool:
     """Say what a dry run on a prompt suite would make, without the model; False, and nothing said, where only the model can tell.
 
     more: what else to say.
     """
-    from .. import artifact
     from .suites import walk_through
 
     suite = images.load()
     if suite.prompts is None:
         return False
-    needed = suite.asks_concept and not what.named and artefact != "base"
-    walk_through(suite, _concept(suite, artifact.load_eraser(artefact)[0] if needed else None, what, base.model), json, more)
+    needed = component is not None or (suite.asks_concept and not what.named)
+    walk_through(suite, _concept(suite, _eraser(artefact, component) if needed else None, what, base.model), json, more)
     return True
+
+
+def _eraser(artefact: str, component: str | None) -> "Eraser | None":
+    """An artefact's eraser, checked against the component that it may change; None for the base."""
+    from .. import artifact
+
+    if artefact != "base":
+        return artifact.load_eraser(artefact, component)[0]
+    if component is not None:
+        raise ErasureError("--component is for an artefact on another base than its own, and the base is none: leave it out")
+    return None
 
 
 def _concept(suite: Any, eraser: "Eraser | None", what: What, model: str) -> Concept:

@@ -87,7 +87,7 @@ def inspect(
 
 def _probes(model: str, concepts: tuple["Concept", ...], prompts: str | None) -> list[tuple[str, tuple[str, ...]]]:
     """(prompt, names): the canvas's own words in turn, or else the concepts' phrases; and prompts of the user's, of nobody."""
-    from erasure.methods.itd import prompts_of
+    from erasure.methods.sae.prompts import prompts_of
 
     from ..models import EMBEDDED
 

@@ -31,7 +31,7 @@ def distance(mu1: ArrayLike, cov1: ArrayLike, mu2: ArrayLike, cov2: ArrayLike) -
     if m1.shape != m2.shape:
         raise ValueError(f"a Fréchet distance compares Gaussians of one dimension, got {len(m1)} and {len(m2)}: use the same features")
     overlap = np.linalg.svd(_root(c1) @ _root(c2), compute_uv=False).sum()
-    return float(((m1 - m2) ** 2).sum() + np.trace(c1) + np.trace(c2) - 2 * overlap)
+    return max(float(((m1 - m2) ** 2).sum() + np.trace(c1) + np.trace(c2) - 2 * overlap), 0.0)  # rounding of equal Gaussians: -1e-13
 
 
 def _root(cov: np.ndarray) -> np.ndarray:

@@ -31,6 +31,15 @@ def through(logits: Tensor, noise: Tensor, temperature: float = TEMPERATURE, str
     return free + (free.clamp(0, 1) - free).detach()
 
 
+def binary(logits: Tensor, noise: Tensor, temperature: float = TEMPERATURE, stretch: tuple[float, float] = STRETCH) -> Tensor:
+    """Gates that are 0 or 1, by whether `stretched` is under one half, with its gradient: what is trained is what is folded (ours).
+
+    Gates half closed cost no budget and are gone once folded; with those of `hard_concrete` a model learns to lean on them.
+    """
+    free = stretched(logits, noise, temperature, stretch)
+    return free + ((free > 0.5).to(free) - free).detach()
+
+
 def closed(logits: Tensor) -> Tensor:
     """Which gates are off once trained [...], bool: λ <= 0, where a gate without noise is under one half."""
     return logits <= 0

@@ -50,7 +50,7 @@ class Minimalist(ErasureMethod):
         "budget": {
             "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 100, "lr": 0.1, "weight_decay": 0.0,
             "batch": 1, "accumulation": 4, "images": 40, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 1.0,
-            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "through", "expand": False, "recompute": True,
+            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "binary", "expand": False, "recompute": True,
         },
         "released": {  # its FLUX configuration: heads have a learning rate of 0
             "units": ("neurons", "norms"), "layers": ("ff", "ff_context", "norm1_context"), "budget": 0.02, "steps": 50, "lr": 0.5,
@@ -58,14 +58,14 @@ class Minimalist(ErasureMethod):
             "regulariser": "none", "init": 3.0, "spread": 0.5, "clamp": "hard", "expand": False, "recompute": True,
         },
         "canvas": {
-            "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.05, "steps": 160, "lr": 0.2, "weight_decay": 0.0,
+            "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 140, "lr": 0.2, "weight_decay": 0.0,
             "batch": 4, "accumulation": 1, "images": 96, "sampling_steps": 5, "guidance": 4.0, "retain_scale": 1.0,
-            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "through", "expand": True, "recompute": False,
+            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "binary", "expand": True, "recompute": False,
         },
         "canvas-flow": {
             "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 200, "lr": 0.15, "weight_decay": 0.0,
             "batch": 4, "accumulation": 1, "images": 96, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 1.0,
-            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "through", "expand": True, "recompute": False,
+            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "binary", "expand": True, "recompute": False,
         },
     }  # fmt: skip
 
@@ -107,8 +107,10 @@ class Minimalist(ErasureMethod):
     """Logit that every gate starts from: 3 is open, for all noise within the default spread but 3 % of it."""
     spread: OfPreset[float] = FROM_PRESET
     """Width of the noise u around 1/2: 1 is the full (0, 1), 0.5 what the released code's ε = 0.5 leaves of it."""
-    clamp: OfPreset[Literal["through", "hard"]] = FROM_PRESET
-    """hard: no gradient where a gate is 0 or 1, as released, so that closed ones never come back. through: as if it were not clamped."""
+    clamp: OfPreset[Literal["binary", "through", "hard"]] = FROM_PRESET
+    """hard: no gradient where a gate is 0 or 1, as released, so that closed ones never come back. through: as if it were not clamped.
+    binary: gates of 0 and 1 alone, as they are once folded, with the gradient of the latter; not the default of ``preserve``, whose loss is
+    flat where all gates are open."""
     expand: OfPreset[bool] = FROM_PRESET
     """Put each phrase into five short templates, too."""
     size: int | None = None
@@ -117,7 +119,10 @@ class Minimalist(ErasureMethod):
     """Run each sampling step again in the backward pass, in the memory of one step; false keeps all activations."""
 
     def __post_init__(self) -> None:
-        for name, value in self.PRESETS[self.preset].items():
+        values = dict(self.PRESETS[self.preset])
+        if self.objective == "preserve" and values["clamp"] == "binary":
+            values["clamp"] = "through"
+        for name, value in values.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if not 0 < self.budget < 1:
@@ -206,7 +211,7 @@ class Minimalist(ErasureMethod):
     def gates(self, logits: Mapping[str, Tensor], seed: int, step: int) -> dict[str, Tensor]:
         """Gates of all micro-batches of an optimiser step, and of their recomputation: the noise depends on the step alone."""
         draw = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-        rule = formulas.through if self.clamp == "through" else formulas.hard_concrete
+        rule = {"binary": formulas.binary, "through": formulas.through, "hard": formulas.hard_concrete}[self.clamp]
         found = {}
         for key, each in logits.items():
             u = 0.5 + self.spread * (torch.rand(each.shape, generator=draw) - 0.5)

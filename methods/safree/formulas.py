@@ -30,13 +30,15 @@ def trigger_mask(masked: Tensor, toxic: Tensor, alpha: float) -> Tensor:
     """Which of a prompt's n tokens carry the concept: bool [n] from pooled leave-one-out encodings [n, D], eq. 3-4.
 
     A token is safe if, without it, the prompt is nearer to the toxic subspace than (1 + alpha) times the mean over the other tokens.
-    A lone token has no others to compare with and counts as a trigger, as in the released code.
+    A lone token has no others to compare with and counts as a trigger, as in the released code, and so do tokens of equal distance at
+    alpha = 0. In float64, since alpha is of the size of bfloat16's rounding.
     """
-    distances = (masked - masked @ toxic.T).norm(dim=1)
+    wide = masked.double()
+    distances = (wide - wide @ toxic.double().T).norm(dim=1)
     n = len(distances)
     if n < 2:
         return torch.ones(n, dtype=torch.bool, device=masked.device)
-    others = (distances.sum() - distances) / (n - 1)
+    others = distances + (distances - distances[:, None]).sum(1) / (n - 1)  # by differences, which are exactly 0 at ties
     return ~(distances < (1 + alpha) * others)
 
 
@@ -73,10 +75,10 @@ def reattend(safe: Tensor, original: Tensor, scale: float, radius: int = 1, rule
     """Skip features [B, C, H, W] whose low frequencies are attenuated where the safe prompt exceeds the original, eq. 7-8.
 
     The window is the centre 2 radius x 2 radius of the shifted spectrum, compared by real part. The paper multiplies by ``scale``;
-    the released function sets the constant ``scale`` there (and its caller never reaches it).
+    the released function sets the constant ``scale`` there (and its caller never reaches it). In float32 at least.
     """
-    spectrum = torch.fft.fftshift(torch.fft.fft2(safe.float()), dim=(-2, -1))
-    reference = torch.fft.fftshift(torch.fft.fft2(original.float()), dim=(-2, -1))
+    wide = torch.promote_types(safe.dtype, torch.float32)
+    spectrum, reference = (torch.fft.fftshift(torch.fft.fft2(each.to(wide)), dim=(-2, -1)) for each in (safe, original))
     y, x = (slice(max(size // 2 - radius, 0), size // 2 + radius) for size in safe.shape[-2:])
     low, low_reference = spectrum[..., y, x], reference[..., y, x]
     if rule == "paper":

@@ -15,9 +15,9 @@ from erasure.method import Run
 from erasure.methods.adv_unlearn import AdvUnlearn
 from erasure.models import load_base
 
-QUICK: dict[str, Any] = {"steps": 20, "warmup": 10, "images": 8, "batch": 2, "expand": False}
-EACH = 3
-"""Images of a prompt."""
+QUICK: dict[str, Any] = {"steps": 20, "warmup": 10, "images": 16, "batch": 2, "expand": False}
+NAMES, EACH = ("dagger", "cat"), 3
+"""What is erased and what is kept, and images of each."""
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +35,22 @@ def text_to_image() -> tuple[Any, dict[str, Any]]:
 
 def image_to_image() -> tuple[Any, dict[str, Any]]:
     """From a grey image; noise at full strength leaves what to draw to the prompt."""
-    grey = torch.full((EACH, 3, 64, 64), 0.5)
+    grey = torch.full((len(NAMES) * EACH, 3, 64, 64), 0.5)
     pipe = StableDiffusionImg2ImgPipeline.from_pipe(load_base("canvas", device="cpu"))
     return pipe, {"guidance_scale": 4.0, "image": grey, "strength": 1.0}
 
 
 def canvas_flow() -> tuple[Any, dict[str, Any]]:
-    return load_base("canvas-flow", device="cpu"), {"true_cfg_scale": 3.0, "negative_prompt": [""] * EACH}
+    return load_base("canvas-flow", device="cpu"), {"true_cfg_scale": 3.0, "negative_prompt": [""] * len(NAMES) * EACH}
 
 
-def seen(pipe: Any, options: dict[str, Any], name: str) -> int:
-    """In how many images of a prompt the judge for development sees its object."""
-    generators = [torch.Generator().manual_seed(seed) for seed in range(EACH)]
-    images = pipe([f"a {name}"] * EACH, num_inference_steps=10, generator=generators, output_type="pt", **options).images
-    return int(judge_dev()(images.clamp(0, 1)).present[:, world().objects.index(name)].sum())
+def seen(pipe: Any, options: dict[str, Any]) -> list[int]:
+    """In how many images of each prompt the judge for development sees its object."""
+    prompts = [f"a {name}" for name in NAMES for _ in range(EACH)]
+    generators = [torch.Generator().manual_seed(i % EACH) for i in range(len(prompts))]
+    images = pipe(prompts, num_inference_steps=8, generator=generators, output_type="pt", **options).images
+    present = judge_dev()(images.clamp(0, 1)).present
+    return [int(present[i * EACH : (i + 1) * EACH, world().objects.index(name)].sum()) for i, name in enumerate(NAMES)]
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,8 @@ def seen(pipe: Any, options: dict[str, Any], name: str) -> int:
 def test_the_erased_text_encoder_plugs_in(folder: Path, make: Any, component: str | None) -> None:
     pipe, options = make()
     pipe.set_progress_bar_config(disable=True)
-    assert seen(pipe, options, "dagger") >= 2 and seen(pipe, options, "cat") >= 2
+    base = seen(pipe, options)
+    assert min(base) >= 2, base
     assert erasure.load(folder, base=pipe, component=component) is pipe
-    assert seen(pipe, options, "dagger") == 0 and seen(pipe, options, "cat") >= 2
+    gone, kept = seen(pipe, options)
+    assert gone == 0 and kept >= 2, (gone, kept)

@@ -18,7 +18,7 @@ from erasure.export.folding import folded
 from erasure.families import family_of
 from erasure.methods.masking import MaskEraser, Minimalist, closed, hard_concrete, shares
 from erasure.methods.masking.chain import Chain
-from erasure.methods.masking.formulas import overspent, share_closed, through, within
+from erasure.methods.masking.formulas import binary, overspent, share_closed, stretched, through, within
 from erasure.methods.masking.sites import Site, find, fold, hooked
 from erasure.seams import weights
 from tests import tiny
@@ -56,6 +56,18 @@ def test_gates_saturate_where_the_formula_says() -> None:
     found = hard_concrete(torch.tensor([-edge - 1e-3, -edge + 1e-2, edge - 1e-2, edge + 1e-3]), half)
     assert found[0] == 0 and 0 < found[1] < found[2] < 1 and found[3] == 1
     assert closed(torch.tensor([-1.0, 0.0, 1e-6])).tolist() == [True, True, False]
+
+
+def test_binary_gates_are_what_is_folded_with_the_gradient_of_what_is_not_clamped() -> None:
+    """At u = 1/2 they open just where `closed` says, and at u a logit moves the threshold by log u - log(1 - u)."""
+    logits = torch.tensor([-3.0, -1e-4, 1e-4, 0.9, 3.0], dtype=torch.float64, requires_grad=True)
+    half = torch.full_like(logits, 0.5)
+    found = binary(logits, half)
+    assert found.tolist() == [0, 0, 1, 1, 1] == (~closed(logits)).double().tolist()
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    (wanted,) = torch.autograd.grad(stretched(logits, half).sum(), logits)
+    assert torch.equal(gradient, wanted) and (gradient > 0).all()
+    assert binary(logits, torch.full_like(logits, 0.25)).tolist() == [0, 0, 0, 0, 1]  # -log 3 takes 0.9 under
 
 
 def test_the_straight_through_gate_has_equal_values_and_a_gradient_where_the_other_has_none() -> None:

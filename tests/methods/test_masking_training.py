@@ -28,7 +28,7 @@ ALL = ("heads", "neurons", "norms")
 SIZE = 16
 """Pixels a side: latents of 8 x 8."""
 QUIET = Run(progress=False)
-QUICK: dict[str, Any] = {"steps": 6, "lr": 1.0, "batch": 1, "accumulation": 1, "images": 2, "sampling_steps": 2, "budget": 0.1}
+QUICK: dict[str, Any] = {"steps": 6, "lr": 1.0, "batch": 1, "accumulation": 1, "images": 2, "sampling_steps": 2, "budget": 0.1, "clamp": "through"}
 
 
 def _double(name: str) -> Any:
@@ -88,7 +88,7 @@ def test_recomputed_gradients_are_those_of_full_backpropagation(name: str, guida
 
 
 def test_noise_is_drawn_once_a_step() -> None:
-    method = Minimalist(spread=0.5)
+    method = Minimalist(spread=0.5, clamp="through")
     logits = {"a": torch.zeros(50), "b": torch.zeros(50)}
     first, again, later = (method.gates(logits, 7, step) for step in (3, 3, 4))
     assert all(torch.equal(first[key], again[key]) and not torch.equal(first[key], later[key]) for key in logits)
