@@ -47,7 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """What the search on dev concepts found, where it is not a preset of the method."""
 FIT_SEEDS = 3
-IMAGES = {"canvas": 160, "canvas-flow": 80}
+IMAGES = {"canvas": 160, "canvas-flow": 60}
 """A cell; canvas-flow guides in a second call, so an image takes twice as long."""
 
 

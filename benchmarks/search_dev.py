@@ -125,19 +125,24 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     ],
     "minimalist": [
         {"preset": "canvas"},
-        {"preset": "canvas", "budget": 0.05},
-        {"preset": "canvas", "budget": 0.05, "units": ("heads", "neurons")},
-        {"preset": "canvas", "budget": 0.02, "steps": 150},
-        {"preset": "canvas", "budget": 0.05, "retain_scale": 0.3},
-        {"preset": "canvas", "budget": 0.1, "steps": 100},
-        {"preset": "canvas", "budget": 0.05, "steps": 200},
-        {"preset": "canvas", "budget": 0.05, "steps": 200, "batch": 8, "images": 96},
-        {"preset": "canvas", "budget": 0.1, "steps": 300, "lr": 0.1, "batch": 8, "images": 96},
-        {"preset": "canvas", "budget": 0.1, "steps": 200, "batch": 8, "images": 96, "sampling_steps": 10},
+        {"preset": "canvas", "steps": 100},
+        {"preset": "canvas", "budget": 0.05, "clamp": "through", "steps": 100, "images": 64},
+        {"preset": "canvas", "budget": 0.05, "clamp": "through", "steps": 160},
     ],
     "perp_neg": [{}, {"weight": 1.0}, {"weight": 4.0}, {"negatives": "each"}],
 }
-assert all(len(grid) <= 12 for grid in GRIDS.values())
+FLOW_GRIDS: dict[str, list[dict[str, Any]]] = {
+    "minimalist": [
+        {"preset": "canvas-flow"},
+        {"preset": "canvas-flow", "budget": 0.05},
+        {"preset": "canvas-flow", "guidance": 3.0},
+        {"preset": "canvas-flow", "retain_scale": 0.2, "clamp": "through"},
+        {"preset": "canvas-flow", "retain_scale": 1.0, "steps": 200, "lr": 0.15, "clamp": "through"},
+        {"preset": "canvas-flow", "retain_scale": 0.3, "guidance": 3.0, "steps": 100, "clamp": "through"},
+    ],
+}
+"""What is searched on canvas-flow instead."""
+assert all(len(grid) <= 12 for grid in (*GRIDS.values(), *FLOW_GRIDS.values()))
 
 
 def prompts(concept: str, n: int) -> tuple[list[str], list[str], list[tuple[str, str]]]:
@@ -210,6 +215,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="guidance that trained samplers run under, instead of the preset's")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    grids = GRIDS | (FLOW_GRIDS if arguments.model == "canvas-flow" else {})
     if wrong := set(arguments.concepts) - set(splits().dev):
         parser.error(f"not dev concepts: {', '.join(sorted(wrong))}")
     pipe = load_base(arguments.model, device="cpu")
@@ -218,7 +224,7 @@ def main() -> None:
     for concept in arguments.concepts:
         cases = [
             ("base", None),
-            *((name, config) for name in arguments.methods for config in GRIDS[name][arguments.start : 1 if arguments.first else None]),
+            *((name, config) for name in arguments.methods for config in grids[name][arguments.start : 1 if arguments.first else None]),
         ]
         for name, config in cases:
             if config is None:

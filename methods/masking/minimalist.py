@@ -63,8 +63,8 @@ class Minimalist(ErasureMethod):
             "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "binary", "expand": True, "recompute": False,
         },
         "canvas-flow": {
-            "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 200, "lr": 0.15, "weight_decay": 0.0,
-            "batch": 4, "accumulation": 1, "images": 96, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 1.0,
+            "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 120, "lr": 0.2, "weight_decay": 0.0,
+            "batch": 4, "accumulation": 1, "images": 96, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 0.5,
             "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "binary", "expand": True, "recompute": False,
         },
     }  # fmt: skip
