@@ -22,6 +22,7 @@ from erasure.eval import stats
 from erasure.eval.bench import BASE
 from erasure.eval.report.masks import shares_of
 from erasure.eval.summary import CALLS, DESTROYED
+from erasure.registry import methods
 
 AIM = {"named": 0.05, "implied": 0.15, "kept": -0.10}
 """Upper limits of the named and the implied target, and the kept difference, that an erasure should reach."""
@@ -150,7 +151,7 @@ def _alike(done: dict[Cell, Record], docs: Path) -> None:
         identities = {
             "suite, protocol and base model": (record["suite"]["hash"], record["protocol"]["hash"], record["model"]["fingerprint"]),
             f"prompts of {cell.concept}": record["suite"]["rows"],
-            f"settings of {cell.method}": (record["artefact"] or {}).get("settings"),
+            f"settings of {cell.method}": _settings(record),
         }
         for what, identity in identities.items():
             known, wanted = first.setdefault(what, (cell, identity))
@@ -159,6 +160,12 @@ def _alike(done: dict[Cell, Record], docs: Path) -> None:
                     f"{cell.path(docs)} and {known.path(docs)} differ in {what}, so they are not of one table: "
                     "remove the one that is out of date, and run its cell again"
                 )
+
+
+def _settings(record: Record) -> dict[str, Any] | None:
+    """As this version reads them: a field that came later has the value that the preset gives it."""
+    artefact = record["artefact"]
+    return None if artefact is None else methods.get(artefact["method"]).from_config(artefact["settings"]).config()
 
 
 def publish(docs: Path, page: Path, models: Mapping[str, Sequence[str]], concepts: Sequence[str], seeds: Sequence[int]) -> None:

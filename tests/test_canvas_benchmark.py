@@ -56,7 +56,7 @@ def fake(concept: str, method: str, *, named: int, lost: int, nothing: int, seed
         "schema": results.SCHEMA, "name": method, "base": base, "concept": {"name": concept, "kind": "object"}, "n": 160,
         "suite": {"name": "canvas", "version": 1, "hash": suite, "ranked": False, "rows": concept},
         "protocol": {"hash": "p"}, "model": {"id": "canvas", "fingerprint": "f"},
-        "artefact": None if base else {"eraser": "e", "method": method, "settings": {"lr": 1.0}, "seed": seed},
+        "artefact": None if base else {"eraser": "e", "method": method, "settings": {"lr": 1.0} if method == "esd" else {}, "seed": seed},
         "erased": erased, "kept": {"all": rate(60, 60) if base else against(60 - lost, 60, 0, lost)},
         "unrecognised": rate(0, 160) if base else against(nothing, 160, nothing, 0), "destroyed": nothing > 16,
         "cost": {**cost, "fit_seconds": None if base else 10.0 + seed, "peak_memory_mb": 1000.0},
@@ -152,6 +152,13 @@ def test_cells_of_two_suites_or_settings_are_refused(table: Any, docs: Docs, cha
     docs.put("ink", "esd", record)
     with pytest.raises(ErasureError, match="settings of esd" if "settings" in change else "suite, protocol and base model"):
         rows(table, docs)
+
+
+def test_a_setting_that_came_later_is_read_as_its_preset_has_it(table: Any, docs: Docs) -> None:
+    record = fake("ink", "esd", named=0, lost=0, nothing=0)
+    record["artefact"]["settings"] = {"lr": 1.0, "preset": "paper", "eta": 1.0}  # what the others say by leaving it out
+    docs.put("ink", "esd", record)
+    assert rows(table, docs)["esd"].rate("erased", "named", "target_present").n == 160
 
 
 def test_a_damaged_cell_is_an_error_and_no_gap(table: Any, docs: Docs) -> None:

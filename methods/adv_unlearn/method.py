@@ -48,7 +48,7 @@ class AdvUnlearn(TrainedMethod):
             "attack_steps": 30, "attack_lr": 1e-3, "radius": 1.0, "attack_states": "fresh",
         },
         "canvas": {
-            "part": "text", "steps": 100, "lr": 3e-4, "batch": 4, "guidance": 4.0, "sampling_steps": 10, "eta": 1.0, "start": "anchor",
+            "part": "text", "steps": 100, "lr": 3e-4, "batch": 4, "guidance": 4.0, "sampling_steps": 10, "eta": 1.0, "start": "null",
             "images": 32,
             "retain_scale": 1.0, "retain_batch": 4, "neutral": False, "expand": True, "warmup": 20,
             "attack_steps": 1, "attack_lr": 0.02, "radius": 0.3, "attack_states": "same",
