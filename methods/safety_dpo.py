@@ -32,12 +32,16 @@ def loss(
 
     m is the mean squared error on the safe image less that on the unsafe one, each over all but the batch dimension. ``pred_*`` are
     predictions of the model in training, ``ref_*`` those of the base, ``noise_*`` what should be predicted (v or flow where the model
-    predicts these). The authors take one noise and one timestep for both images. Source: Wallace et al., CVPR 2024, eq. 14; Liu et
-    al., ICCV 2025, with β = 5000.
+    predicts these). The authors take one noise and one timestep for both images. In float32 at least, since β multiplies a difference
+    of means. Source: Wallace et al., CVPR 2024, eq. 14; Liu et al., ICCV 2025, with β = 5000.
     """
+    wide = torch.promote_types(pred_safe.dtype, torch.float32)
+
+    def error(prediction: Tensor, noise: Tensor) -> Tensor:
+        return (prediction.to(wide) - noise.to(wide)).square().flatten(1).mean(1)
 
     def margin(safe: Tensor, unsafe: Tensor) -> Tensor:
-        return (safe - noise_safe).square().flatten(1).mean(1) - (unsafe - noise_unsafe).square().flatten(1).mean(1)
+        return error(safe, noise_safe) - error(unsafe, noise_unsafe)
 
     return -logsigmoid(-0.5 * beta * (margin(pred_safe, pred_unsafe) - margin(ref_safe, ref_unsafe))).mean()
 
@@ -69,8 +73,8 @@ class SafetyDPO(LowRankMethod):
             "beta": 5000.0, "drop": 0.2, "warmup": 500, "detector": "", "retain_scale": 0.0, "expand": True,
         },
         "canvas": {
-            "part": "full", "steps": 300, "lr": 1e-3, "batch": 8, "guidance": 4.0, "sampling_steps": 10, "images": 64,
-            "beta": 100.0, "drop": 0.0, "warmup": 10, "detector": JUDGE, "retain_scale": 1.0, "expand": True,
+            "part": "full", "steps": 150, "lr": 3e-3, "batch": 8, "guidance": 4.0, "sampling_steps": 10, "images": 64,
+            "beta": 60.0, "drop": 0.0, "warmup": 10, "detector": JUDGE, "retain_scale": 1.0, "expand": True,
         },
     }  # fmt: skip
 
