@@ -3,7 +3,7 @@
     python benchmarks/canvas.py --minutes 60                      # make what is missing, breadth first; stop in time
     python benchmarks/canvas.py --model canvas-flow --methods uce,esd
     python benchmarks/canvas.py --shard 1/2                       # every second concept, for two machines or two processes
-    python benchmarks/canvas.py --table                           # docs/benchmarks/canvas.md and docs/methods/masking.md
+    python benchmarks/canvas.py --table                           # docs/benchmarks/canvas.md, docs/methods/masking.md, measured.yaml
 
 A finished cell is its results.json in ``docs/benchmarks/cells/MODEL/CONCEPT/METHOD[-seedN].json`` and is never made again. Images stay
 in ``--out``. Order: the base and methods without training on all concepts, then trained ones with seed 0, then further seeds. Methods have
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from canvas_cells import Cell, gather_memory
-from canvas_table import publish
+from canvas_table import publish, summarise
 
 from erasure.artifact import read_config
 from erasure.canvas.concepts import canvas_concept
@@ -32,6 +32,7 @@ from erasure.models import EMBEDDED, load_base
 from erasure.registry import methods
 
 DOCS = Path(__file__).parents[1] / "docs/benchmarks"
+MEASURED = Path(__file__).parents[1] / "erasure/canvas/measured.yaml"
 ROWS: dict[str, tuple[str, ...]] = {
     "canvas": (
         "negative_prompt", "uce", "safree", "sld", "perp_neg", "itd", "saeuron", "conceptprune", "ssd_diffusion", "minimalist",
@@ -134,6 +135,7 @@ def main() -> None:
         gather_memory(arguments.docs, model, arguments.out)
     for page, models in ((arguments.docs / "canvas.md", ROWS), (arguments.docs.parent / "methods" / "masking.md", masks)):
         publish(arguments.docs, page, models, concepts, range(arguments.seeds))
+    summarise(arguments.docs, MEASURED, ROWS, concepts, range(arguments.seeds))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from canvas_cells import Cell, Record, plan, read, read_memory
 from canvas_figure import draw
 from page import put
@@ -179,6 +180,22 @@ def publish(docs: Path, page: Path, models: Mapping[str, Sequence[str]], concept
     figure = f"![Target still seen against what is kept, with 95 % intervals]({drawing.name})\n\n" if points else ""
     put(page, "canvas_table.py", figure + made)
     print(made)
+
+
+def summarise(docs: Path, file: Path, models: Mapping[str, Sequence[str]], concepts: Sequence[str], seeds: Sequence[int]) -> None:
+    """What ``erasure methods`` says of each method: its line of the table in a few numbers."""
+    found: dict[str, dict[str, Any]] = {}
+    for model, names in models.items():
+        for row in rows(docs, model, names, concepts, seeds):
+            named, kept = row.rate("erased", "named", "target_present"), row.difference("kept", "all")
+            if row.method != BASE and named and kept:
+                values = {"named": {"rate": named.value, "lo": named.lo, "hi": named.hi, "n": named.n}, "kept": {"value": kept.value}}
+                values["kept"] |= {"lo": kept.lo, "hi": kept.hi, "n": kept.n}
+                concepts_done = len({cell.concept for cell in row.done})
+                rounded = {side: {key: round(number, 4) for key, number in of.items()} for side, of in values.items()}
+                found.setdefault(model, {})[row.method] = {**rounded, "concepts": concepts_done, "destroyed": row.destroyed}
+    head = "# Made by benchmarks/canvas.py --table: test concepts, judge_test, pooled over concepts; see docs/benchmarks/canvas.md.\n"
+    file.write_text(head + yaml.safe_dump(found, sort_keys=False, default_flow_style=None, width=140), encoding="utf-8")
 
 
 def section(model: str, table: Sequence[Row], concepts: Sequence[str]) -> str:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from erasure.canvas.splits import splits
 from erasure.errors import ErasureError
 from erasure.eval import results, stats
 
@@ -179,6 +181,22 @@ def test_the_page_keeps_what_people_wrote_around_the_tables(table: Any, docs: Do
     text = page.read_text()
     assert text.endswith("\nWhy.\n") and "| esd |" in text and "stale" not in text and text.count("## canvas") == 1
     assert (tmp_path / "canvas.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_listing_says_what_the_cells_say(table: Any, docs: Docs, tmp_path: Path) -> None:
+    """ESD: 4 of 160 in the mean over its fits. The file that ships is made of the cells that are in docs/ now."""
+    table.summarise(docs.folder, tmp_path / "measured.yaml", {"canvas": ["esd", "uce"]}, CONCEPTS, range(3))
+    found = yaml.safe_load((tmp_path / "measured.yaml").read_text())
+    assert list(found["canvas"]) == ["esd"] and found["canvas"]["esd"]["concepts"] == 2
+    assert found["canvas"]["esd"]["named"] == {
+        "rate": 0.025,
+        "lo": pytest.approx(0.0098, abs=1e-4),
+        "hi": pytest.approx(0.0625, abs=1e-4),
+        "n": 160,
+    }
+    canvas = import_module("canvas")
+    table.summarise(canvas.DOCS, tmp_path / "now.yaml", canvas.ROWS, splits().test, range(canvas.FIT_SEEDS))
+    assert (tmp_path / "now.yaml").read_text() == canvas.MEASURED.read_text()
 
 
 def test_memory_of_fits_is_gathered_from_artefacts(table: Any, docs: Docs, tmp_path: Path) -> None:

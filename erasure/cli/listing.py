@@ -1,16 +1,30 @@
 """``erasure methods``, ``concepts`` and ``suites``: what there is."""
 
+from importlib.resources import files
+from typing import Any
+
+from ..reading import read_yaml
 from ..registry import methods as registry
 from .options import Json, emit
 
 
 def methods(*, json: Json = False) -> None:
-    """List erasure methods, plug-ins included."""
-    records = [
+    """List erasure methods, plug-ins included, with what was measured of them on the embedded models' test concepts."""
+    measured = read_yaml(files("erasure.canvas").joinpath("measured.yaml"), "measured.yaml")
+    records: list[dict[str, Any]] = [
         {"method": name, "kind": entry.kind, "families": entry.families.split(), "summary": entry.summary}
+        | {"measured": {model: table[name] for model, table in measured.items() if name in table}}
         for name, entry in registry.entries().items()
     ]
-    emit(records, json, ("method", "kind", "families", "summary"))
+    if not json:
+        records = [record | {"measured": "; ".join(_said(model, row) for model, row in record["measured"].items())} for record in records]
+    emit(records, json, ("method", "kind", "families", "measured", "summary"))
+
+
+def _said(model: str, row: dict[str, Any]) -> str:
+    """One line of what was measured: how often the target is still seen, and kept images less the base's in points."""
+    named, kept = row["named"], row["kept"]
+    return f"{model}: named {named['rate']:.0%} ({named['lo']:.0%}-{named['hi']:.0%}), kept {100 * kept['value']:+.1f}, n={named['n']}"
 
 
 def concepts(*, json: Json = False) -> None:

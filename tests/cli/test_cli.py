@@ -13,6 +13,7 @@ def test_listings_print_json(capsys):
     methods = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
     assert {"negative_prompt", "uce", "safree"} <= methods.keys()
     assert methods["uce"]["kind"] == "weights" and "sd1" in methods["uce"]["families"]
+    assert methods["uce"]["measured"]["canvas"]["named"]["rate"] < 0.2 < methods["negative_prompt"]["measured"]["canvas"]["named"]["rate"]
     assert main(["concepts", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert sum(row["split"] == "test" for row in rows) == 8

@@ -28,7 +28,16 @@ ALL = ("heads", "neurons", "norms")
 SIZE = 16
 """Pixels a side: latents of 8 x 8."""
 QUIET = Run(progress=False)
-QUICK: dict[str, Any] = {"steps": 6, "lr": 1.0, "batch": 1, "accumulation": 1, "images": 2, "sampling_steps": 2, "budget": 0.1, "clamp": "through"}
+QUICK: dict[str, Any] = {
+    "steps": 6,
+    "lr": 1.0,
+    "batch": 1,
+    "accumulation": 1,
+    "images": 2,
+    "sampling_steps": 2,
+    "budget": 0.1,
+    "clamp": "through",
+}
 
 
 def _double(name: str) -> Any:
