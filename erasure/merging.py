@@ -1,4 +1,4 @@
-"""Several LoRA experts as one: the exact average, TIES, and a reading of SafetyDPO's co-merge."""
+"""Several LoRA experts as one: the exact average or sum, TIES, and a reading of SafetyDPO's co-merge."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from .export.lora import factorise
 from .lora import by_component, live_name
 from .method import Eraser
 
-Rule = Literal["average", "ties", "co-merge"]
+Rule = Literal["average", "sum", "ties", "co-merge"]
 Expert = Mapping[str, Tensor]
 """LoRA factors by the keys of diffusers' files."""
 ROUNDING = 1e-6
@@ -95,16 +95,16 @@ def merge(
 ) -> tuple[dict[str, Tensor], float]:
     """One LoRA of several, and the share of the merged change's norm that the cut to ``rank`` loses (0 where nothing is cut).
 
-    Without a rank, the LoRA holds the merged change, whole but for rounding: rank of the sum for an average, and at most the smaller side
-    of a layer for other rules. One expert comes back as it is, unless TIES trims it or it is cut. An expert that lacks a layer leaves it
-    unchanged, and counts in the mean as zero. ``wins``: layer -> [experts, out], which co-merge needs; see `count_wins`.
+    Without a rank, the LoRA holds the merged change, whole but for rounding: the sum of ranks for an average or a sum, and at most the
+    smaller side of a layer for other rules. One expert comes back as it is, unless TIES trims it or it is cut. An expert that lacks a
+    layer leaves it unchanged, and counts in the mean as zero. ``wins``: layer -> [experts, out], which co-merge needs; see `count_wins`.
     """
     if rank is not None and rank < 1:
         raise ErasureError(f"rank is {rank}; a LoRA has at least 1")
     layers = layers_of(experts)
-    whole = rule == "average" or (len(experts) == 1 and (rule == "co-merge" or density == 1))
+    whole = rule in ("average", "sum") or (len(experts) == 1 and (rule == "co-merge" or density == 1))
     if whole and rank is None:
-        return added(experts, [1 / len(experts)] * len(experts)), 0.0
+        return added(experts, None if rule == "sum" else [1 / len(experts)] * len(experts)), 0.0
     merged: dict[str, Tensor] = {}
     lost, norm = 0.0, 0.0
     for name, pairs in layers.items():
@@ -112,9 +112,11 @@ def merge(
         deltas = first.new_zeros(len(experts), *first.shape)
         for i, pair in pairs:
             deltas[i] = delta(pair)
-        match "average" if whole else rule:
+        match "average" if whole and rule != "sum" else rule:
             case "average":
                 change = deltas.mean(0)
+            case "sum":
+                change = deltas.sum(0)
             case "ties":
                 change = ties(deltas, density)
             case "co-merge":

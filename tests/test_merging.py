@@ -42,7 +42,15 @@ def test_a_cut_average_loses_what_the_singular_values_beyond_the_rank_say() -> N
     assert len(merged[f"{LAYER}.lora_A.weight"]) == 2
 
 
-@pytest.mark.parametrize("rule", ["average", "ties", "co-merge"])
+def test_a_sum_is_the_average_times_the_experts_cut_or_not() -> None:
+    experts = [expert(0), expert(1), expert(2)]
+    for rank in (None, 3):
+        (total, lost), (mean, less) = (merging.merge(experts, rule, rank=rank) for rule in ("sum", "average"))
+        torch.testing.assert_close(change(total), 3 * change(mean), atol=1e-5, rtol=1e-5)
+        assert lost == pytest.approx(less, rel=1e-5) and (lost > 0.01) == (rank is not None)
+
+
+@pytest.mark.parametrize("rule", ["average", "sum", "ties", "co-merge"])
 def test_one_expert_comes_back_as_it_is(rule: Any) -> None:
     one = expert(0)
     merged, lost = merging.merge([one], rule, density=1.0)
