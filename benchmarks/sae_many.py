@@ -1,11 +1,13 @@
 """One, five, twenty and half of all objects of the canvas erased at once: what is left, what is kept, what it costs.
 
     python benchmarks/sae_many.py --minutes 40        # make what is missing; the same command goes on
+    python benchmarks/sae_many.py --methods itd       # of these methods alone
     python benchmarks/sae_many.py --table             # docs/benchmarks/sae_many.json, the figure and the table of docs/methods/sae.md
 
 Sets are nested: the four test objects are in every set but the first, which is each of them alone; what is added comes
 of the retain half, in an order picked by hash. All become one anchor that no set has. Scored are the suite's rows for
-each test object, less those that ask for another erased thing (one test object is of the kept half).
+each test object, less those that ask for another erased thing (one test object is of the kept half). The table keeps
+the records of the JSON whose images are no longer there.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from page import put
 
 from erasure.canvas.concepts import STAND_INS, canvas_concept
 from erasure.canvas.splits import rank, splits
@@ -41,12 +44,12 @@ METHODS = ("negative_prompt", "safree", "uce", "itd")
 TESTED = tuple(name for name in splits().test if name in world().objects)
 SIZES = (1, 5, 20, len(world().objects) // 2)
 IMAGES = 80
-ROUNDS = 8
+ROUNDS = 2
 """Pairs of batches, base and eraser, for the ratio of times."""
-BEGIN, END = "<!-- made by benchmarks/sae_many.py: from here -->", "<!-- to here -->"
+RECORDS = DOCS / "benchmarks" / "sae_many.json"
 HEAD = (
-    "| erased | method | named | unseen synonym | kept - base | kept, bit by bit | time |\n"
-    "|---:|---|---:|---:|---:|---:|---:|"
+    "| erased | method | named | unseen synonym | unrecognised | kept - base | kept, bit by bit | time |\n"
+    "|---:|---|---:|---:|---:|---:|---:|---:|"
 )  # fmt: skip
 
 
@@ -76,15 +79,15 @@ def scored(rows: Sequence[Row], concept: str) -> list[Row]:
     return [row for row in rows if not (set(row.objects) - {concept}) & gone]
 
 
-def order() -> Iterator[tuple[int, str, str]]:
-    yield from ((size, concept, method) for size in SIZES for concept in TESTED for method in METHODS)
+def order(chosen: Sequence[str] = METHODS) -> Iterator[tuple[int, str, str]]:
+    yield from ((size, concept, method) for size in SIZES for concept in TESTED for method in chosen)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Make what is missing while there is time."""
     started, slowest = time.monotonic(), 0.0
     pipe = load_base("canvas", device="cpu")
-    for size, concept, method in order():
+    for size, concept, method in order(arguments.methods):
         bench = at(arguments.out, pipe, concept)
         if (bench.folder / "results" / f"{method}-{size}" / "pace.json").exists():
             continue
@@ -128,19 +131,23 @@ def pace(bench: Bench, eraser: Eraser) -> list[float]:
     return found
 
 
-def gather(out: Path) -> list[dict[str, Any]]:
-    """A record for each size and method, pooled over the test objects."""
+def gather(out: Path, before: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """A record for each size and method, pooled over the test objects; where there is none of all of these, the one from ``before``."""
     parts: dict[tuple[int, str], list[tuple[Bench, str]]] = {}
     for size, concept, method in order():
         bench, name = at(out, None, concept), f"{method}-{size}"
         if (bench.folder / "results" / name / "pace.json").exists():
             parts.setdefault((size, method), []).append((bench, name))
-    return [{"erased": size, "method": method, **pooled(own)} for (size, method), own in parts.items()]
+    found = {(record["erased"], record["method"]): record for record in before}
+    for (size, method), own in parts.items():
+        if len(own) >= found.get((size, method), {"objects": 0})["objects"]:
+            found[size, method] = {"erased": size, "method": method, **pooled(own)}
+    return [found[size, method] for size in SIZES for method in METHODS if (size, method) in found]
 
 
 def pooled(parts: Sequence[tuple[Bench, str]]) -> dict[str, Any]:
     """Rates with Wilson's intervals, the kept difference with Tango's, and the ratio of times with quartiles, over some test objects."""
-    calls: dict[str, list[bool]] = {"named": [], "implied": []}
+    calls: dict[str, list[bool]] = {"named": [], "implied": [], "unrecognised": []}
     before, after, same, ratios = [], [], [], []
     for bench, name in parts:
         mine, base = ({sample.id: sample for sample in bench.samples(of)} for of in (name, BASE))
@@ -151,6 +158,7 @@ def pooled(parts: Sequence[tuple[Bench, str]]) -> dict[str, Any]:
                 same.append(image(bench, name, row) == image(bench, BASE, row))
             else:
                 calls["implied" if row.kind == "implied" else "named"].append(bool(mine[row.id].target_present))
+                calls["unrecognised"].append(bool(mine[row.id].unrecognised))
         ratios += json.loads((bench.folder / "results" / name / "pace.json").read_text())["ratios"]
     low, middle, high = np.percentile(ratios, (25, 50, 75)).round(3).tolist()
     return {
@@ -174,23 +182,22 @@ def image(bench: Bench, name: str, row: Row) -> bytes:
 
 def publish(records: Sequence[dict[str, Any]]) -> None:
     """The records, the figure, and the table in the page."""
-    (DOCS / "benchmarks" / "sae_many.json").write_text(json.dumps(records, indent=1) + "\n")
+    RECORDS.write_text(json.dumps(records, indent=1) + "\n")
     figure(records).savefig(DOCS / "methods" / "sae-many.png", metadata={"Software": None})
     table = "\n".join([HEAD, *map(line, records)])
-    page = DOCS / "methods" / "sae.md"
-    before, rest = page.read_text().split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}")
+    put(DOCS / "methods" / "sae.md", Path(__file__).name, table)
     print(table)
 
 
 def line(record: dict[str, Any]) -> str:
     def percent(key: str, form: str = ".0f") -> str:
-        value = record[key]
-        return f"{100 * value['value']:{form}} % ({100 * value['lo']:{form}}-{100 * value['hi']:{form}})"
+        value = record.get(key)
+        return "-" if value is None else f"{100 * value['value']:{form}} % ({100 * value['lo']:{form}}-{100 * value['hi']:{form}})"
 
     kept, pace = record["kept"], record["time"]
+    sides = " | ".join(percent(key) for key in ("named", "implied", "unrecognised"))
     return (
-        f"| {record['erased']} | {record['method']} | {percent('named')} | {percent('implied')} | {100 * kept['value']:+.1f} "
+        f"| {record['erased']} | {record['method']} | {sides} | {100 * kept['value']:+.1f} "
         f"({100 * kept['lo']:+.1f} to {100 * kept['hi']:+.1f}) | {100 * record['identical']['value']:.0f} % | {pace['value']:.2f} |"
     )
 
@@ -220,10 +227,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, help="start nothing that would end later")
     parser.add_argument("--out", type=Path, default=Path("out/sae-many"), help="where images go")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="make these alone")
     parser.add_argument("--table", action="store_true", help="write table and figure of what there is, and stop")
     arguments = parser.parse_args()
     if arguments.table:
-        publish(gather(arguments.out))
+        publish(gather(arguments.out, json.loads(RECORDS.read_text()) if RECORDS.exists() else []))
     else:
         run(arguments)
 

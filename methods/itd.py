@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -17,109 +17,70 @@ from erasure.seams import prompt
 from erasure.seams.issued import Issued
 
 from .sae.coder import Activation, SparseCoder, SparseCoderConfig
-from .sae.hookpoints import activations, editing, find, layers
+from .sae.formulas import deactivate, distance, gate, select_features, strongest
+from .sae.hookpoints import editing, find, layers, read
+from .sae.prompts import accompanied, prompts_of, retained
 from .sae.sources import coders
 
+__all__ = ["Detected", "ItD", "ItDEraser", "Switch", "deactivate", "distance", "gate", "select_features", "strongest"]
 log = logging.getLogger("erasure")
 
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "style": ("{}", "a picture in {} style", "{} art"),
-    "other": ("{}", "a {}", "a picture of a {}"),
-}
-BATCH = 64
-"""Prompts that are read at once."""
-
-
-def select_features(target_codes: Tensor, retain_codes: Tensor, k: int) -> Tensor:
-    """Features among the k strongest of any target prompt and of no retained prompt, int [f], in rising order.
-
-    Codes [prompts, n] are each prompt's largest over its tokens without the start token; [prompts, tokens, n] are reduced to that here,
-    and their first token is taken for the start. A feature that is off (0) is nobody's, whatever k.
-    """
-    own, kept = strongest(target_codes, k), strongest(retain_codes, k)
-    return (own & ~kept).nonzero().flatten()
-
-
-def strongest(codes: Tensor, k: int) -> Tensor:
-    """S, joined over prompts: bool [n], the k features of largest size of any prompt; codes as in ``select_features``."""
-    size = codes.abs()
-    if size.dim() == 3:
-        size = size[:, 1:].amax(1)
-    found = torch.zeros(size.shape[-1], dtype=torch.bool, device=size.device)
-    if len(size):
-        values, indices = size.topk(min(k, size.shape[-1]), dim=-1)
-        found[indices[values > 0]] = True
-    return found
-
-
-def deactivate(codes: Tensor, features: Tensor, factor: float, first: int = 1) -> Tensor:
-    """Codes [..., tokens, n] with ``features`` int [f] times ``factor``, from token ``first`` on: CLIP's start token is left alone."""
-    out = codes.clone()
-    out[..., first:, features] = factor * out[..., first:, features]
-    return out
-
-
-def distance(x: Tensor, reconstruction: Tensor) -> Tensor:
-    """m: mean over tokens and channels of (reconstruction - x)², [...] for [..., tokens, d]."""
-    return (reconstruction - x).square().mean((-2, -1))
-
-
-def gate(x: Tensor, reconstruction: Tensor, threshold: float | Tensor) -> Tensor:
-    """Whether a prompt has the concept: bool [...] for x [..., tokens, d], where the mean distance reaches the threshold.
-
-    The threshold is a mean like m itself; the released code sets it, for celebrities, from the largest token of each prompt, which the
-    mean over tokens cannot reach.
-    """
-    return distance(x, reconstruction) >= threshold
-
-
-def prompts_of(concept: Concept, phrases: Sequence[str]) -> list[str]:
-    """Phrases in the templates of a concept's kind."""
-    return [template.format(phrase) for phrase in phrases for template in TEMPLATES.get(concept.kind, TEMPLATES["other"])]
-
-
-def retained(concepts: Sequence[Concept]) -> list[str]:
-    """Prompts whose features stay: retained phrases, anchors and the templates without a phrase; nothing that is a target."""
-    targets = {target.casefold() for concept in concepts for target in concept.targets}
-    phrases = [(concept, phrase) for concept in concepts for phrase in ("", *concept.anchors, *concept.retain)]
-    kept = [text for concept, phrase in phrases if phrase.casefold() not in targets for text in prompts_of(concept, (phrase,))]
-    return list(dict.fromkeys(kept))
 
 
 @dataclass(frozen=True)
 class Switch:
-    """What one encoder's edit needs: its coder, where it sits, which features are off and from which change on a prompt is edited."""
+    """What one encoder's edit needs: its coder, where it sits, and each gate's features and threshold."""
 
     layer: int
     coder: SparseCoder
-    features: Tensor
+    owned: tuple[Tensor, ...]
+    """Of each gate, the features int [f] that are switched where it opens."""
     threshold: Tensor
+    """Of each gate, the change from which it opens, [gates]."""
     first: int
     """Index of the first token that may change: CLIP's start token may not."""
 
-    def edited(self, method: "ItD", x: Tensor) -> tuple[Tensor, Tensor]:
-        """The edited activations [batch, tokens, d] of x, and what the gate compares with the threshold [batch]."""
-        codes = self.coder.encode(x)
-        moved = (deactivate(codes, self.features, method.factor, self.first) - codes) @ self.coder.W_dec
-        reconstruction = self.coder.decode(codes) + moved
-        size = moved.square().mean((-2, -1)) if method.gate == "change" else distance(x, reconstruction)
-        return (x + moved if method.error_term else reconstruction), size
+    @property
+    def features(self) -> Tensor:
+        """All gates' features, int [f], in rising order."""
+        return torch.cat(self.owned).unique()
+
+    def sizes(self, method: "ItD", x: Tensor, codes: Tensor) -> Tensor:
+        """What each gate compares with its threshold [batch, gates]; its own features alone are switched for that."""
+        plain, found = self.coder.decode(codes) if method.gate == "reconstruction" else None, []
+        for features in self.owned:
+            own = codes[..., features]
+            every = torch.arange(len(features), device=x.device)
+            moved = (deactivate(own, every, method.factor, self.first) - own) @ self.coder.W_dec[features]
+            found.append(moved.square().mean((-2, -1)) if plain is None else distance(x, plain + moved))
+        return torch.stack(found, -1)
+
+    def read(self, method: "ItD", x: Tensor) -> Tensor:
+        """``sizes`` of activations [batch, tokens, d]."""
+        return self.sizes(method, x, self.coder.encode(x))
 
     def __call__(self, method: "ItD", states: Tensor) -> Tensor:
-        """Hidden states [batch, tokens, d] with the prompts edited that pass the gate; the others bit by bit as they were."""
+        """Hidden states [batch, tokens, d], edited by the features of the gates that open; where none does, bit by bit as they were."""
         x = states.float()
-        edited, size = self.edited(method, x)
-        passes = torch.ones_like(size, dtype=torch.bool) if method.gate == "off" else size >= self.threshold
-        return torch.where(passes[:, None, None], edited.to(states), states)
+        codes = self.coder.encode(x)
+        opens = torch.ones_like(self.threshold, dtype=torch.bool).expand(len(x), -1)
+        if method.gate != "off":
+            opens = self.sizes(method, x, codes) >= self.threshold
+        off = torch.zeros(len(x), codes.shape[-1], dtype=torch.bool, device=x.device)
+        for i, features in enumerate(self.owned):
+            off[:, features] |= opens[:, i, None]
+        moved = (deactivate(codes, off, method.factor, self.first) - codes) @ self.coder.W_dec
+        edited = x + moved if method.error_term else self.coder.decode(codes) + moved
+        return torch.where(off.any(-1)[:, None, None], edited.to(states), states)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ItD(ErasureMethod):
     """Interpret-then-Deactivate (2025): features of a text encoder's coder that a concept has and retained ones have not, times a factor.
 
-    A prompt that the edit moves by less than the least of the concept's own prompts passes bit by bit, so the move is a zero-shot detector
-    of the concept as well (``erasure sae detect``). Several concepts are the union of their features; nothing is trained.
+    A prompt that the edit moves by less than a share of the least of the concept's own prompts passes bit by bit, so the move is a
+    zero-shot detector of the concept too (``erasure sae detect``). Several concepts need no training: each has its features and its gate.
     Only positive prompts are edited, in every text encoder that has a coder. Embeddings that skip the encoders are refused.
     The released code compares a mean with a largest token, adds no error term, and calibrates with another factor than it applies.
     """
@@ -130,16 +91,21 @@ class ItD(ErasureMethod):
 
     sae: str = ""
     """Folder of a coder, or a folder with one for each hookpoint; empty for what ships with the model."""
-    k: int = 16
-    """How many of a prompt's strongest features count as its own; the released code takes 128 or 256 of a coder of 524,288."""
+    k: int = 8
+    """How many of a prompt's strongest features count as its own; the released code takes 128 or 256 of a coder of 524,288. With many, a
+    retained prompt claims what it has only a little of, and a style is left without its own features."""
     factor: float = -2.0
     """What the features are multiplied by; the released code takes -8."""
     gate: Literal["change", "reconstruction", "off"] = "change"
     """What is compared with the threshold: how far switching the features moves the activations; as released, how far the edited
     reconstruction is from them, which holds the coder's own error too; or nothing: every prompt is edited."""
-    threshold_scale: float = 0.5
-    """The threshold as a share of the least that any target prompt shows; the released code takes 0.99, which on the canvas lets longer
-    prompts with the concept pass."""
+    gates: Literal["each", "union"] = "each"
+    """Several concepts: each opens its own gate, made from its own prompts, and a prompt is edited by the features of those that open;
+    or, as in the paper, one gate over all features, whose threshold is the least over all concepts' prompts, so that with more concepts
+    more prompts that have none of them pass it. With one concept both are the same."""
+    threshold_scale: float = 0.35
+    """The threshold as a share of the least that any target prompt shows, alone or beside other things; the released code takes 0.99,
+    which on the canvas lets longer prompts with the concept pass."""
     error_term: bool = True
     """Keep what the coder does not reconstruct, so that the features alone move. The released code drops it."""
 
@@ -156,41 +122,64 @@ class ItD(ErasureMethod):
             encoder, layer = find(pipe, family, coder.config.hookpoint)
             switch = self._switch(pipe, encoder, layer, coder, concepts)
             shape = torch.tensor([layer, coder.config.k, ACTIVATIONS.index(coder.config.activation)])
-            own = {**coder.state_dict(), "features": switch.features, "threshold": switch.threshold, "shape": shape}
+            owners = torch.cat([torch.full_like(features, i) for i, features in enumerate(switch.owned)])
+            own = {**coder.state_dict(), "features": torch.cat(switch.owned), "owners": owners}
+            own |= {"threshold": switch.threshold, "shape": shape}
             tensors |= {f"{encoder.component}.{name}": value for name, value in own.items()}
         return self.eraser(tuple(concepts), tensors)
 
     def _switch(self, pipe: Any, encoder: Encoder, layer: int, coder: SparseCoder, concepts: Sequence[Concept]) -> Switch:
-        first = 1 if encoder.kind == "clip" else 0
-        targets = [text for concept in concepts for text in prompts_of(concept, concept.targets)]
-        read = [list(_read(pipe, encoder, layer, texts)) for texts in (targets, retained(concepts))]
-        own, kept = (torch.cat([coder.encode(x)[:, first:].abs().amax(1) for x in part]) for part in read)
-        features = select_features(own, kept, self.k)
-        if not len(features):
-            raise ErasureError(self._shared(encoder, own, kept, concepts))
-        switch = Switch(layer, coder, features, torch.zeros(()), first)
-        least = min(float(switch.edited(self, x)[1].min()) for x in read[0])
-        if least == 0 and self.gate == "change":
+        switch = Switch(layer, coder, (), torch.zeros(0), 1 if encoder.kind == "clip" else 0)
+        owned = self._owned(pipe, encoder, switch, concepts)
+        prompts = [[*prompts_of(concept, concept.targets), *accompanied(concept, concepts)] for concept in concepts]
+        if self.gates == "union":
+            owned, prompts = [torch.cat(owned).unique()], [[text for own in prompts for text in own]]
+        least = []
+        for features, texts in zip(owned, prompts, strict=True):
+            alone = replace(switch, owned=(features,))
+            least.append(min(float(alone.read(self, x).min()) for x, _ in read(pipe, encoder, layer, texts)))
+        if 0 in least and self.gate == "change":
             log.warning(
                 "itd: a target phrase has none of the features in %s, so the gate there opens at the least change", encoder.component
             )
-        return Switch(layer, coder, features, torch.tensor(max(self.threshold_scale * least, 1e-12)), first)
+        threshold = torch.tensor([max(self.threshold_scale * one, 1e-12) for one in least])
+        return replace(switch, owned=tuple(owned), threshold=threshold)
 
-    def _shared(self, encoder: Encoder, own: Tensor, kept: Tensor, concepts: Sequence[Concept]) -> str:
-        shared = (strongest(own, self.k) & strongest(kept, self.k)).nonzero().flatten().tolist()
-        names = ", ".join(repr(concept.name) for concept in concepts)
+    def _owned(self, pipe: Any, encoder: Encoder, switch: Switch, concepts: Sequence[Concept]) -> list[Tensor]:
+        """Each concept's features; one without any raises."""
+
+        def peaks(texts: Sequence[str]) -> Tensor:
+            found = (switch.coder.encode(x) for x, _ in read(pipe, encoder, switch.layer, texts))
+            return torch.cat([codes[:, switch.first :].abs().amax(1) for codes in found])
+
+        texts, owned = retained(concepts), []
+        kept = peaks(texts)
+        for concept in concepts:
+            own = peaks(prompts_of(concept, concept.targets))
+            owned.append(select_features(own, kept, self.k))
+            if not len(owned[-1]):
+                raise ErasureError(self._shared(encoder, concept, own, kept, texts))
+        return owned
+
+    def _shared(self, encoder: Encoder, concept: Concept, own: Tensor, kept: Tensor, texts: Sequence[str]) -> str:
+        shared = (strongest(own, self.k) & strongest(kept, self.k)).nonzero().flatten()
+        by = [strongest(row[None], self.k)[shared].sum().item() for row in kept]
+        names = [texts[i].strip() for i in sorted(range(len(by)), key=lambda i: -by[i])[:4] if by[i]]
         return (
-            f"itd: {encoder.component} has no feature of {names} that no retained prompt has too; shared are "
-            f"{', '.join(map(str, shared[:8])) or 'none, since none is on'}{', ...' if len(shared) > 8 else ''}: "
-            "retain less, lower k, or take a coder with more latents"
+            f"itd: {encoder.component} has no feature of {concept.name!r} that no retained prompt has too; shared are "
+            f"{', '.join(map(str, shared[:8].tolist())) or 'none, since none is on'}{', ...' if len(shared) > 8 else ''}"
+            f"{', by ' + ', '.join(map(repr, names)) if names else ''}: retain less, lower k, or take a coder with more latents"
         )
 
     def eraser(self, concepts: tuple[Concept, ...], tensors: Mapping[str, Tensor]) -> "ItDEraser":
         components = {name.split(".")[0] for name in tensors}
-        wanted = {"encoder.weight", "encoder.bias", "W_dec", "b_dec", "features", "threshold", "shape"}
+        wanted = {"encoder.weight", "encoder.bias", "W_dec", "b_dec", "features", "owners", "threshold", "shape"}
         for component in components:
             if lost := wanted - {name.removeprefix(f"{component}.") for name in tensors}:
                 raise ErasureError(f"itd needs {', '.join(sorted(lost))} of {component}, which are not there")
+            features, owners, threshold = (tensors[f"{component}.{name}"] for name in ("features", "owners", "threshold"))
+            if owners.shape != features.shape or threshold.dim() != 1 or not torch.isin(owners, torch.arange(len(threshold))).all():
+                raise ErasureError(f"itd: of {component}, {len(features)} features do not all belong to one of {threshold.numel()} gates")
         if not components:
             raise ErasureError("itd needs the tensors of one text encoder at least")
         return ItDEraser(self, concepts, dict(tensors))
@@ -206,6 +195,8 @@ class Detected:
     threshold: float
     decision: str
     """``concept`` or ``other``."""
+    concept: str
+    """Whose gate it is: of several, the one that is nearest to its threshold or furthest above it."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +205,8 @@ class ItDEraser(RuntimeEraser):
 
     method: ItD
     held: Mapping[str, Tensor] = field(repr=False)
-    """By component: the coder's tensors, ``features`` int [f], ``threshold`` [], ``shape`` (layer, k, kind of activation)."""
+    """By component: the coder's tensors, ``features`` int [f], ``owners`` int [f] (the gate of each), ``threshold`` [gates], ``shape``
+    (layer, k, kind of activation)."""
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.held)
@@ -236,22 +228,28 @@ class ItDEraser(RuntimeEraser):
             device = pipe._execution_device
             names = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
             coder = SparseCoder.of(config, {name: own[name] for name in names}).to(device)
-            yield encoder, Switch(layer, coder, own["features"].to(device), own["threshold"].to(device), 1 if encoder.kind == "clip" else 0)
+            threshold, features, owners = (own[name].to(device) for name in ("threshold", "features", "owners"))
+            owned = tuple(features[owners == i] for i in range(len(threshold)))
+            yield encoder, Switch(layer, coder, owned, threshold, 1 if encoder.kind == "clip" else 0)
 
     def detect(self, pipe: Any, texts: Sequence[str]) -> list["Detected"]:
         """How each text stands to the gate of the first encoder that has one; the pipeline is read, not changed."""
         encoder, switch = next(self.switches(pipe, self.method.family(pipe)))
-        scores = [switch.edited(self.method, x)[1] for x in _read(pipe, encoder, switch.layer, texts)]
-        threshold = float(switch.threshold)
-        decisions = ("concept" if score >= threshold else "other" for score in torch.cat(scores).tolist())
-        return [
-            Detected(text, score, threshold, decision)
-            for text, score, decision in zip(texts, torch.cat(scores).tolist(), decisions, strict=True)
-        ]
+        sizes = torch.cat([switch.read(self.method, x) for x, _ in read(pipe, encoder, switch.layer, texts)])
+        names = [" and ".join(concept.name for concept in self.concepts)]
+        if len(switch.owned) > 1:
+            names = [concept.name for concept in self.concepts]
+        found = []
+        for text, size, nearest in zip(texts, sizes, (sizes / switch.threshold).argmax(1).tolist(), strict=True):
+            score, threshold = float(size[nearest]), float(switch.threshold[nearest])
+            found.append(Detected(text, score, threshold, "concept" if score >= threshold else "other", names[nearest]))
+        return found
 
     def edits(self, pipe: Any, family: Family) -> Iterable[AbstractContextManager[int]]:
         armed: set[str] = set()
         present = list(self.switches(pipe, family))
+        if idle := [encoder.component for encoder, switch in present if not len(switch.features)]:
+            log.warning("itd: no feature is switched in %s, so every prompt passes there as it is", ", ".join(idle))
 
         def arm(arguments: prompt.Arguments, side: prompt.Side) -> None:
             armed.clear()
@@ -270,8 +268,3 @@ class ItDEraser(RuntimeEraser):
         for encoder, switch in present:
             yield editing(layers(pipe, encoder)[switch.layer], edit(encoder.component, switch))
         yield prompt.encoding(pipe, family, Issued(family), before=arm)
-
-
-def _read(pipe: Any, encoder: Encoder, layer: int, texts: Sequence[str]) -> Iterator[Tensor]:
-    for start in range(0, len(texts), BATCH):
-        yield activations(pipe, encoder, layer, texts[start : start + BATCH])[0]

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erasure.concept import Concept
 from erasure.errors import ErasureError
 from erasure.families import Encoder, call_options, family_of
 
-from ..itd import ItDEraser, Switch, prompts_of
+from ..itd import ItDEraser, Switch
 from .hookpoints import editing, layers
 from .interpret import Match, all_peaks, concept_scores, faint, read, sharers, top_prompts
+from .prompts import prompts_of, retained_phrases
 
 FACTORS = (-8.0, -2.0, 0.0, 1.0, 4.0, 8.0)
 SHOWN = 6
@@ -101,17 +101,6 @@ def _features(
             faint(index, kept)[:SHOWN],
             texts[int(own[:, index].abs().argmax())],
         )
-
-
-def retained_phrases(concepts: Sequence[Concept]) -> dict[str, list[str]]:
-    """Phrase -> the prompts that keep its features, as ``itd.retained`` has them; "" is the templates without a phrase."""
-    targets = {target.casefold() for concept in concepts for target in concept.targets}
-    found: dict[str, list[str]] = {}
-    for concept in concepts:
-        for phrase in dict.fromkeys(("", *concept.anchors, *concept.retain)):
-            if phrase.casefold() not in targets:
-                found[phrase] = list(dict.fromkeys([*found.get(phrase, []), *prompts_of(concept, (phrase,))]))
-    return found
 
 
 def scaled(switch: Switch, x: Tensor, features: Tensor, factors: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from erasure.errors import ErasureError
 from erasure.families import Encoder, Family
 from erasure.text import encoders
 
+BATCH = 64
+"""Prompts that are read at once."""
 HOOKPOINT = re.compile(r"(?P<component>\w+)\.layers\.(?P<layer>\d+)")
 
 
@@ -78,3 +80,9 @@ def activations(pipe: Any, encoder: Encoder, layer: int, texts: Sequence[str]) -
         except Enough:
             pass
     return read[0], batch.attention_mask.bool().to(read[0].device)
+
+
+def read(pipe: Any, encoder: Encoder, layer: int, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    """``activations`` of any number of texts, a batch at a time."""
+    for start in range(0, len(texts), BATCH):
+        yield activations(pipe, encoder, layer, texts[start : start + BATCH])

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from erasure.families import Encoder
 
-from ..itd import BATCH, Switch, strongest
-from .hookpoints import activations
+from ..itd import Switch
+from .formulas import strongest
+from .hookpoints import BATCH, activations
 
 
 class Token(NamedTuple):

@@ -212,8 +212,9 @@ def test_several_concepts_are_the_union_without_a_training() -> None:
 
 def test_bad_input_says_what_to_do(tmp_path: Path) -> None:
     pipe = canvas()
+    torch.manual_seed(0)
     SparseCoder(SparseCoderConfig(d_in=160, num_latents=8, k=8, hookpoint="text_encoder.layers.2")).save(tmp_path / "small")
-    with pytest.raises(ErasureError, match=r"no feature of 'dagger' that no retained prompt has too; shared are \d+, .*by 'a "):
+    with pytest.raises(ErasureError, match=r"no feature of 'dagger' that no retained prompt has too; shared are \d+, \d+.* by '"):
         ItD(sae=str(tmp_path / "small")).fit(pipe, [canvas_concept("dagger")])
     with pytest.raises(ErasureError, match=r"no feature of 'blade' that .* by 'a dagger', 'a picture of a dagger'"):
         ItD().fit(pipe, [canvas_concept("pizza"), Concept("blade", targets=("stiletto",), retain=("dagger",))])
