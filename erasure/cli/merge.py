@@ -18,9 +18,7 @@ def merge(
     out: Out,
     rule: Annotated[
         Literal["average", "sum", "ties", "co-merge"],
-        Parameter(
-            help="average, sum (both exact), ties, or co-merge: rows of the expert that moves them most (our reading of SafetyDPO)."
-        ),
+        Parameter(help="average, sum (both exact), ties, or co-merge: rows of the expert that moves them most (our reading of SafetyDPO)."),
     ] = "average",
     rank: Annotated[Positive | None, Parameter(help="Cut the merged LoRA to this rank; what is lost is printed.")] = None,
     density: Annotated[float, Parameter(help="Share of entries of each expert that TIES keeps.")] = 0.5,

@@ -96,7 +96,8 @@ def measure(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         called = sum(r["decision"] == "concept" for r in of)
         line: dict[str, Any] = {"prompts": side, "n": len(of), "called": called / len(of), "called_interval": stats.wilson(called, len(of))}
         if side != "unrelated":
-            area, *limits = stats.auc(*([r["score"] / r["threshold"] for r in side_of] for side_of in (of, unrelated)))
+            scores, others = ([r["score"] / r["threshold"] for r in rows] for rows in (of, unrelated))
+            area, *limits = stats.auc(scores, others)
             line |= {"auc": area, "auc_interval": limits}
         out.append(line)
     return out
