@@ -133,6 +133,7 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "minimalist": [
         {"preset": "canvas"},
         {"preset": "canvas", "steps": 100},
+        {"preset": "canvas", "budget": 0.05, "steps": 100},
         {"preset": "canvas", "budget": 0.05, "clamp": "through", "steps": 100, "images": 64},
         {"preset": "canvas", "budget": 0.05, "clamp": "through", "steps": 160},
     ],

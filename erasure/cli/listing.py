@@ -9,7 +9,7 @@ from .options import Json, emit
 
 
 def methods(*, json: Json = False) -> None:
-    """List erasure methods, plug-ins included, with what was measured of them on the embedded models' test concepts."""
+    """List erasure methods, plug-ins included, and what was measured of each."""
     measured = read_yaml(files("erasure.canvas").joinpath("measured.yaml"), "measured.yaml")
     records: list[dict[str, Any]] = [
         {"method": name, "kind": entry.kind, "families": entry.families.split(), "summary": entry.summary}

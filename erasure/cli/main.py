@@ -17,7 +17,7 @@ from .examples import epilogue
 from .failures import BUG, explain
 
 VERBS = {
-    "methods": ("listing:methods", "List erasure methods, plug-ins included."),
+    "methods": ("listing:methods", "List erasure methods, plug-ins included, and what was measured of each."),
     "concepts": ("listing:concepts", "List concepts: shipped files, and the words of the canvas."),
     "suites": ("suites:app", "List evaluation suites; show or fetch one."),
     "recipes": ("recipes:recipes", "List recipes: when an image counts as unsafe, as each paper had it."),

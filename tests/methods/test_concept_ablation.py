@@ -102,6 +102,6 @@ def test_several_concepts_each_in_their_templates() -> None:
     method = ConceptAblation(expand=True)
     style = Concept("van gogh", kind="style", anchors=("painting",))
     pairs = method.phrases([style, Concept("cat of ours", anchors=("cat",)), Concept("dog")])
-    assert ("in the style of van gogh", "in the style of painting") in pairs and ("a cat of ours", "a cat") in pairs
+    assert ("a cat in the style of van gogh", "a cat in the style of painting") in pairs and ("a cat of ours", "a cat") in pairs
     assert len(pairs) == 15 and {anchor for word, anchor in pairs if "dog" in word} == {""}
     assert ConceptAblation(expand=False).phrases([style]) == [("van gogh", "painting")]

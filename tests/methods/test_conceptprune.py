@@ -176,7 +176,7 @@ def test_prompts_with_and_without_the_concept() -> None:
     assert ("a picture of dagger", "a picture of cat") in anchor.pairs(CONCEPT)
     style = Concept("van gogh", kind="style", retain=("boat",))
     assert context.pairs(style) == [("boat in the style of van gogh", "boat")]
-    assert ("in the style of van gogh", "") in anchor.pairs(style)
+    assert ("a cat in the style of van gogh", "") in anchor.pairs(style)
     assert len(context.pairs(Concept("dagger"))) > 5, "without a retain list there are scenes of our own"
 
 
