@@ -109,8 +109,8 @@ class Minimalist(ErasureMethod):
     """Width of the noise u around 1/2: 1 is the full (0, 1), 0.5 what the released code's ε = 0.5 leaves of it."""
     clamp: OfPreset[Literal["binary", "through", "hard"]] = FROM_PRESET
     """hard: no gradient where a gate is 0 or 1, as released, so that closed ones never come back. through: as if it were not clamped.
-    binary: gates of 0 and 1 alone, as they are once folded, with the gradient of ``through``; not the default of ``preserve``, whose loss is
-    flat where all gates are open."""
+    binary: gates of 0 and 1 alone, as they are once folded, with the gradient of ``through``; not the default of ``preserve``, whose
+    loss is flat where all gates are open."""
     expand: OfPreset[bool] = FROM_PRESET
     """Put each phrase into five short templates, too."""
     size: int | None = None
