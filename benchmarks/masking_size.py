@@ -66,7 +66,9 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     rows = [f"| 0 (base) | 0.0 % | {drawn(pipe, given.n)} | |"]
     for budget in given.budgets:
-        method = Minimalist(preset=given.model, objective="preserve", units=("heads", "neurons"), budget=budget, steps=given.steps)
+        method = Minimalist(
+            preset=given.model, objective="preserve", units=("heads", "neurons"), budget=budget, steps=given.steps, lr=0.2, images=96
+        )  # fmt: skip
         eraser = method.fit(pipe, [canvas_concept(CONCEPT)], run=Run(seed=0))
         found = []
         for one in (eraser, shuffled(eraser)):

@@ -27,6 +27,9 @@ from erasure.method import Run
 from erasure.models import EMBEDDED, load_base
 from erasure.registry import methods
 
+ESD = {"preset": "canvas", "part": "x", "lr": 1e-4, "start": "null", "images": 64, "retain_scale": 1.0}
+SALUN = {"preset": "canvas", "images": 64, "retain_scale": 0.5}
+"""Where the search of a method began, if its preset is another by now."""
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "negative_prompt": [{}],
     "uce": [
@@ -86,12 +89,15 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     ],
     "esd": [
         {"preset": "canvas"},
-        {"preset": "canvas", "start": "anchor"},
-        {"preset": "canvas", "part": "full"},
-        {"preset": "canvas", "part": "full", "start": "anchor"},
-        {"preset": "canvas", "part": "full", "start": "anchor", "steps": 400},
-        {"preset": "canvas", "start": "anchor", "lr": 3e-4},
-        {"preset": "canvas", "start": "anchor", "lr": 3e-4, "eta": 0.5},
+        ESD,
+        ESD | {"start": "anchor"},
+        ESD | {"part": "full"},
+        ESD | {"part": "full", "start": "anchor"},
+        ESD | {"part": "full", "start": "anchor", "steps": 400},
+        ESD | {"start": "anchor", "lr": 3e-4},
+        ESD | {"start": "anchor", "lr": 3e-4, "eta": 0.5},
+        ESD | {"start": "anchor", "lr": 6e-4},
+        ESD | {"part": "full", "start": "anchor", "lr": 3e-4},
     ],
     "concept_ablation": [
         {"preset": "canvas"},
@@ -100,8 +106,21 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"preset": "canvas", "steps": 600},
         {"preset": "canvas", "lr": 6e-4},
         {"preset": "canvas", "part": "x", "lr": 4e-4},
+        {"preset": "canvas", "part": "x", "lr": 1e-3},
+        {"preset": "canvas", "part": "full", "lr": 3e-4},
+        {"preset": "canvas", "part": "full", "lr": 2e-4, "images": 192, "retain_scale": 3.0},
+        {"preset": "canvas", "part": "x", "lr": 6e-4, "images": 192, "retain_scale": 3.0},
+        {"preset": "canvas", "lr": 1.2e-3, "images": 192},
+        {"preset": "canvas", "lr": 1e-3, "images": 192, "retain_scale": 2.0},
     ],
-    "salun": [{"preset": "canvas"}, {"preset": "canvas", "retain_scale": 1.0}, {"preset": "canvas", "steps": 600, "retain_scale": 1.0}],
+    "salun": [
+        {"preset": "canvas"},
+        SALUN,
+        SALUN | {"retain_scale": 1.0},
+        SALUN | {"steps": 600, "retain_scale": 1.0},
+        {"preset": "canvas", "keep": 0.1},
+        {"preset": "canvas", "part": "x", "lr": 3e-4},
+    ],
     "safety_dpo": [
         {"preset": "canvas"},
         {"preset": "canvas", "steps": 300, "lr": 1e-3, "beta": 100.0},
@@ -113,7 +132,13 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         {"preset": "canvas", "beta": 30.0, "layers": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")},
         {"preset": "canvas", "steps": 100},
     ],
-    "gs_lora": [{"preset": "canvas"}, {"preset": "canvas", "bound": 0.5}, {"preset": "canvas", "alpha": 0.1}],
+    "gs_lora": [
+        {"preset": "canvas"},
+        {"preset": "canvas", "bound": 0.5},
+        {"preset": "canvas", "alpha": 0.1},
+        {"preset": "canvas", "images": 192, "retain_scale": 3.0},
+        {"preset": "canvas", "images": 192, "retain_scale": 3.0, "beta": 0.3, "bound": 0.6},
+    ],
     "conceptprune": [
         {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4},
         {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4, "base": "anchor"},
@@ -218,8 +243,7 @@ def main() -> None:
     parser.add_argument("--concepts", nargs="+", default=["dagger"])
     parser.add_argument("--n", type=int, default=40, help="images a side")
     parser.add_argument("--anchor", help="what the concepts become, instead of the canvas's own choice")
-    parser.add_argument("--from", dest="start", type=int, default=0, help="leave out so many configurations of each method")
-    parser.add_argument("--first", action="store_true", help="only the first configuration of each method")
+    parser.add_argument("--only", nargs="+", type=int, help="only these configurations of each method, counted from 0")
     parser.add_argument("--guidance", type=float, help="guidance that trained samplers run under, instead of the preset's")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -232,7 +256,7 @@ def main() -> None:
     for concept in arguments.concepts:
         cases = [
             ("base", None),
-            *((name, config) for name in arguments.methods for config in grids[name][arguments.start : 1 if arguments.first else None]),
+            *((name, config) for name in arguments.methods for i, config in enumerate(grids[name]) if i in (arguments.only or range(12))),
         ]
         for name, config in cases:
             if config is None:

@@ -117,6 +117,7 @@ def train(
     schedule: Literal["constant", "linear", "cosine"] = "constant",
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
+    momentum: float | None = None,
     clip: float | None = None,
     ceiling: float = math.inf,
     precision: Literal["no", "bf16", "fp16"] = "no",
@@ -125,7 +126,7 @@ def train(
     settings: Mapping[str, Any] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainLog:
-    """Move ``parameters`` in place by AdamW (Adam, where ``weight_decay`` is 0) down the mean of ``loss_of``.
+    """Move ``parameters`` in place by AdamW (Adam, where ``weight_decay`` is 0) down the mean of ``loss_of``; by SGD, given ``momentum``.
 
     A step averages ``accumulation`` micro-batches a process; one process with two of them draws what two processes with one draw.
     ``checkpoint``: folder of the state, written every ``save_every`` steps and at the end; a later call with equal settings goes on from
@@ -141,14 +142,18 @@ def train(
     began, device = time.perf_counter(), next(iter(parameters.values())).device
     process = PartialState(cpu=device.type == "cpu")
     run = _run(parameters, steps)
-    optimiser = torch.optim.AdamW(run.weights.values(), lr=lr, betas=betas, weight_decay=weight_decay)
+    optimiser: torch.optim.Optimizer
+    if momentum is None:
+        optimiser = torch.optim.AdamW(run.weights.values(), lr=lr, betas=betas, weight_decay=weight_decay)
+    else:
+        optimiser = torch.optim.SGD(run.weights.values(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")  # type: ignore[attr-defined]
     for callback in callbacks:
         callback.start(run)
     agreed = {
         "steps": steps, "lr": lr, "seed": seed, "batch": accumulation * process.num_processes, "warmup": warmup, "schedule": schedule,
-        "weight_decay": weight_decay, "betas": list(betas), "clip": clip, "precision": precision, "start": _digest(run.weights),
-        "callbacks": [repr(c) for c in callbacks if c.state()], **(settings or {}),
+        "weight_decay": weight_decay, "betas": list(betas), "momentum": momentum, "clip": clip, "precision": precision,
+        "start": _digest(run.weights), "callbacks": [repr(c) for c in callbacks if c.state()], **(settings or {}),
     }  # fmt: skip
     saved = Checkpoint(checkpoint / CHECKPOINT, agreed, run, optimiser, scaler, callbacks) if checkpoint else None
     resumed = saved.load() if saved else 0

@@ -42,8 +42,8 @@ class ESD(LowRankMethod):
             "states": "edited", "images": 100, "retain_scale": 0.0, "expand": False,
         },
         "canvas": {
-            "part": "x", "steps": 200, "lr": 1e-4, "batch": 8, "guidance": 4.0, "sampling_steps": 10, "eta": 1.0, "start": "null",
-            "states": "base", "images": 64, "retain_scale": 1.0, "expand": True,
+            "part": "full", "steps": 200, "lr": 3e-4, "batch": 8, "guidance": 4.0, "sampling_steps": 10, "eta": 1.0, "start": "anchor",
+            "states": "base", "images": 192, "retain_scale": 3.0, "expand": True,
         },
     }  # fmt: skip
 

@@ -96,8 +96,8 @@ class SalUn(TrainedMethod):
             "mask_guidance": 7.5, "retain_scale": 0.1, "expand": False,
         },
         "canvas": {
-            "part": "full", "steps": 300, "lr": 1e-4, "batch": 8, "guidance": 4.0, "sampling_steps": 10, "images": 64, "keep": 0.5,
-            "mask_guidance": 7.5, "retain_scale": 0.5, "expand": True,
+            "part": "full", "steps": 300, "lr": 1e-4, "batch": 8, "guidance": 4.0, "sampling_steps": 10, "images": 192, "keep": 0.5,
+            "mask_guidance": 7.5, "retain_scale": 2.0, "expand": True,
         },
     }  # fmt: skip
 

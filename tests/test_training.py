@@ -85,6 +85,33 @@ def test_it_is_adam_with_warm_up_and_clipping_on_the_mean_of_micro_batches() -> 
     assert log.losses == pytest.approx(losses, rel=1e-6) and log.stop == "" and log.resumed == 0
 
 
+def test_momentum_makes_it_plain_descent_and_resumes(tmp_path: Path) -> None:
+    target = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+
+    def run() -> Tensor:
+        w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+
+        def loss(step: int, generator: torch.Generator) -> Tensor:
+            log.append(step)
+            if len(log) == 4:
+                raise KeyboardInterrupt  # once, after the third step
+            return (w - target).square().sum()
+
+        train({"w": w}, loss, steps=5, lr=0.1, momentum=0.9, checkpoint=tmp_path, save_every=3)
+        return w.detach()
+
+    log: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    resumed = run()
+    assert log == [0, 1, 2, 3, 3, 4]
+    by_hand = velocity = torch.zeros(3, dtype=torch.float64)
+    for _ in range(5):
+        velocity = 0.9 * velocity + 2 * (by_hand - target)
+        by_hand = by_hand - 0.1 * velocity
+    torch.testing.assert_close(resumed, by_hand, atol=1e-12, rtol=0)
+
+
 def test_schedules_end_near_zero_and_the_constant_one_stays() -> None:
     assert [factor(s, 4, 0, "linear") for s in range(4)] == [1, 0.75, 0.5, 0.25]
     assert [factor(s, 6, 2, "constant") for s in range(4)] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1, 1]

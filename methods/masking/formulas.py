@@ -40,6 +40,16 @@ def binary(logits: Tensor, noise: Tensor, temperature: float = TEMPERATURE, stre
     return free + ((free > 0.5).to(free) - free).detach()
 
 
+def ranked(logits: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Gates [...] by name that are 0 for the ``count`` lowest logits of all together and 1 for the others; of equal ones the first are 0.
+
+    The gradient is that of the logits themselves, closed or not, so that a closed gate that would rather be open climbs back (ours; the
+    estimator of Ramanujan et al., CVPR 2020, "What's hidden in a randomly weighted neural network?").
+    """
+    off = within({name: each.detach() for name, each in logits.items()}, count, exactly=True)
+    return {name: each + ((~off[name]).to(each) - each).detach() for name, each in logits.items()}
+
+
 def closed(logits: Tensor) -> Tensor:
     """Which gates are off once trained [...], bool: λ <= 0, where a gate without noise is under one half."""
     return logits <= 0

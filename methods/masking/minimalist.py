@@ -30,6 +30,8 @@ from .sites import Site, find, hooked
 log = logging.getLogger("erasure")
 SAVE_EVERY = 10
 """Optimiser steps between two checkpoints; each of them runs the whole sampler several times."""
+RAMP, MOMENTUM = 0.2, 0.9
+"""Of ranked gates: the share of the steps over which the budget opens, and of a step's movement that the next one goes on with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +50,9 @@ class Minimalist(ErasureMethod):
     trained: ClassVar[bool] = True
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "budget": {
-            "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 100, "lr": 0.1, "weight_decay": 0.0,
+            "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 100, "lr": 1.0, "weight_decay": 0.0,
             "batch": 1, "accumulation": 4, "images": 40, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 1.0,
-            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "binary", "expand": False, "recompute": True,
+            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "ranked", "expand": False, "recompute": True,
         },
         "released": {  # its FLUX configuration: heads have a learning rate of 0
             "units": ("neurons", "norms"), "layers": ("ff", "ff_context", "norm1_context"), "budget": 0.02, "steps": 50, "lr": 0.5,
@@ -58,14 +60,14 @@ class Minimalist(ErasureMethod):
             "regulariser": "none", "init": 3.0, "spread": 0.5, "clamp": "hard", "expand": False, "recompute": True,
         },
         "canvas": {
-            "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 140, "lr": 0.2, "weight_decay": 0.0,
-            "batch": 4, "accumulation": 1, "images": 96, "sampling_steps": 5, "guidance": 4.0, "retain_scale": 1.0,
-            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "binary", "expand": True, "recompute": False,
+            "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 120, "lr": 1.0, "weight_decay": 0.0,
+            "batch": 4, "accumulation": 1, "images": 192, "sampling_steps": 5, "guidance": 4.0, "retain_scale": 0.5,
+            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "ranked", "expand": True, "recompute": False,
         },
         "canvas-flow": {
-            "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 120, "lr": 0.2, "weight_decay": 0.0,
-            "batch": 4, "accumulation": 1, "images": 96, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 0.5,
-            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "binary", "expand": True, "recompute": False,
+            "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 120, "lr": 1.0, "weight_decay": 0.0,
+            "batch": 4, "accumulation": 1, "images": 192, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 0.5,
+            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "ranked", "expand": True, "recompute": False,
         },
     }  # fmt: skip
 
@@ -90,7 +92,8 @@ class Minimalist(ErasureMethod):
     steps: OfPreset[int] = FROM_PRESET
     """Optimiser steps; each runs the whole sampler."""
     lr: OfPreset[float] = FROM_PRESET
-    """Learning rate of the gates' logits; Adam makes steps of this order whatever the size of the gradient."""
+    """Learning rate of the gates' logits. Adam makes steps of this order whatever the size of the gradient; ranked gates do not depend on
+    it."""
     weight_decay: OfPreset[float] = FROM_PRESET
     """Pull of the logits towards 0, the threshold."""
     batch: OfPreset[int] = FROM_PRESET
@@ -107,10 +110,11 @@ class Minimalist(ErasureMethod):
     """Logit that every gate starts from: 3 is open, for all noise within the default spread but 3 % of it."""
     spread: OfPreset[float] = FROM_PRESET
     """Width of the noise u around 1/2: 1 is the full (0, 1), 0.5 what the released code's ε = 0.5 leaves of it."""
-    clamp: OfPreset[Literal["binary", "through", "hard"]] = FROM_PRESET
-    """hard: no gradient where a gate is 0 or 1, as released, so that closed ones never come back. through: as if it were not clamped.
-    binary: gates of 0 and 1 alone, as they are once folded, with the gradient of ``through``; not the default of ``preserve``, whose
-    loss is flat where all gates are open."""
+    clamp: OfPreset[Literal["ranked", "binary", "through", "hard"]] = FROM_PRESET
+    """How logits become gates. hard: no gradient where a gate is 0 or 1, as released, so that closed ones never come back. through: as if
+    it were not clamped. binary: gates of 0 and 1 alone, as they are once folded, with the gradient of ``through``. ranked: the budget's
+    share of the lowest logits is closed at every step, without noise or regulariser; logits sum up gradients (SGD with momentum), of
+    which only the order counts. The last two are not for ``preserve``, whose loss is flat where all gates are open."""
     expand: OfPreset[bool] = FROM_PRESET
     """Put each phrase into five short templates, too."""
     size: int | None = None
@@ -120,8 +124,8 @@ class Minimalist(ErasureMethod):
 
     def __post_init__(self) -> None:
         values = dict(self.PRESETS[self.preset])
-        if self.objective == "preserve" and values["clamp"] == "binary":
-            values["clamp"] = "through"
+        if self.objective == "preserve" and values["clamp"] in ("binary", "ranked"):
+            values |= {"clamp": "through", "lr": 0.1}
         for name, value in values.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -168,9 +172,10 @@ class Minimalist(ErasureMethod):
                 "base": fingerprint.take(pipe) if run.checkpoint else None,
             }
             train(
-                logits, self.loss(chain, sites, logits, gates, erase, keep, run.seed), steps=self.steps, lr=self.lr, seed=run.seed,
+                logits, self.loss(chain, logits, gates, erase, keep, run.seed), steps=self.steps, lr=self.lr, seed=run.seed,
                 accumulation=self.accumulation, weight_decay=self.weight_decay, ceiling=CEILING, checkpoint=run.checkpoint,
-                save_every=SAVE_EVERY, settings=agreed, callbacks=(bar, *run.callbacks),
+                momentum=MOMENTUM if self.clamp == "ranked" else None, save_every=SAVE_EVERY, settings=agreed,
+                callbacks=(bar, *run.callbacks),
             )  # fmt: skip
         return {key: value.detach().cpu() for key, value in logits.items()}
 
@@ -190,7 +195,6 @@ class Minimalist(ErasureMethod):
     def loss(
         self,
         chain: Chain,
-        sites: Sequence[Site],
         logits: Mapping[str, Tensor],
         gates: dict[str, Tensor],
         erase: Samples | None,
@@ -201,7 +205,7 @@ class Minimalist(ErasureMethod):
 
         def loss(step: int, generator: torch.Generator) -> Tensor:
             gates.update(self.gates(logits, seed, step))
-            total = self._budgeted(sites, logits)
+            total = self._budgeted(logits)
             if erase is None:
                 return total + keep.loss(chain, self.batch, generator)
             return total + erase.loss(chain, self.batch, generator) + self.retain_scale * keep.loss(chain, self.batch, generator)
@@ -209,42 +213,56 @@ class Minimalist(ErasureMethod):
         return loss
 
     def gates(self, logits: Mapping[str, Tensor], seed: int, step: int) -> dict[str, Tensor]:
-        """Gates of all micro-batches of an optimiser step, and of their recomputation: the noise depends on the step alone."""
+        """Gates of all micro-batches of an optimiser step, and of their recomputation: what they are depends on logits and step alone."""
+        found: dict[str, Tensor] = {}
+        if self.clamp == "ranked":
+            share = min(1.0, step / (RAMP * self.steps))
+            for mine in _by_kind(logits).values():
+                found |= formulas.ranked(mine, math.floor(share * self._most(mine)))
+            return found
         draw = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
         rule = {"binary": formulas.binary, "through": formulas.through, "hard": formulas.hard_concrete}[self.clamp]
-        found = {}
         for key, each in logits.items():
             u = 0.5 + self.spread * (torch.rand(each.shape, generator=draw) - 0.5)
             found[key] = rule(each, u.clamp(1e-6, 1 - 1e-6).to(each))
         return found
 
-    def _budgeted(self, sites: Sequence[Site], logits: Mapping[str, Tensor]) -> Tensor:
-        if self.regulariser == "none":
+    def _most(self, logits: Mapping[str, Tensor]) -> int:
+        """How many units of a kind the budget allows to switch off."""
+        return math.floor(self.budget * sum(len(each) for each in logits.values()))
+
+    def _budgeted(self, logits: Mapping[str, Tensor]) -> Tensor:
+        if self.regulariser == "none" or self.clamp == "ranked":
             return torch.zeros((), device=next(iter(logits.values())).device)
-        kinds = _by_kind(sites).items()
-        shares = {kind: formulas.share_closed(torch.cat([logits[key] for key in keys])) for kind, keys in kinds}
+        shares = {kind: formulas.share_closed(torch.cat(list(mine.values()))) for kind, mine in _by_kind(logits).items()}
         return self.budget_scale * formulas.overspent(shares, self.budget, exactly=self.objective == "preserve")
 
     def masks(self, sites: Sequence[Site], logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Closed gates [count] bool by site; errors where none is closed, or all of a kind are."""
         found: dict[str, Tensor] = {}
-        for kind, keys in _by_kind(sites).items():
-            mine = {key: logits[key] for key in keys}
-            everything = sum(len(each) for each in mine.values())
-            wanted = sum(int(formulas.closed(each).sum()) for each in mine.values())
-            if wanted == everything:
-                raise ErasureError(
-                    f"minimalist closed all {everything} {kind}, which leaves no model: "
-                    "take a smaller lr, fewer steps, or regulariser=budget"
-                )
-            most = everything if self.regulariser == "none" else math.floor(self.budget * everything)
-            exactly = self.objective == "preserve" and self.regulariser == "budget"
-            if wanted > most and not exactly:
-                log.warning("minimalist closed %d of %d %s; the budget allows %d: the others are opened", wanted, everything, kind, most)
-            found |= formulas.within(mine, most, exactly=exactly)
+        for kind, mine in _by_kind(logits).items():
+            found |= self._ranked_off(mine) if self.clamp == "ranked" else self._off(kind, mine)
         if not any(mask.any() for mask in found.values()):
             raise ErasureError("minimalist closed no gate, so nothing would be erased: take a larger lr, more steps, or a larger budget")
         return {site.key: found[site.key] for site in sites}
+
+    def _ranked_off(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The budget's share of the lowest logits, less those that training never pushed down."""
+        lowest = formulas.within(logits, self._most(logits), exactly=True)
+        return {key: mask & (logits[key] < self.init) for key, mask in lowest.items()}
+
+    def _off(self, kind: str, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        everything = sum(len(each) for each in logits.values())
+        wanted = sum(int(formulas.closed(each).sum()) for each in logits.values())
+        if wanted == everything:
+            raise ErasureError(
+                f"minimalist closed all {everything} {kind}, which leaves no model: take a smaller lr, fewer steps, or regulariser=budget"
+            )
+        most = everything if self.regulariser == "none" else self._most(logits)
+        exactly = self.objective == "preserve" and self.regulariser == "budget"
+        if wanted > most and not exactly:
+            log.warning("minimalist closed %d of %d %s; the budget allows %d: the others are opened", wanted, everything, kind, most)
+        return formulas.within(logits, most, exactly=exactly)
 
     def _phrases(self, concept: Concept) -> list[tuple[str, str]]:
         return [
@@ -258,8 +276,9 @@ class Minimalist(ErasureMethod):
         return templates if self.expand else templates[:1]
 
 
-def _by_kind(sites: Sequence[Site]) -> dict[str, list[str]]:
-    kinds: dict[str, list[str]] = {}
-    for site in sites:
-        kinds.setdefault(site.kind, []).append(site.key)
+def _by_kind(logits: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Logits by site, apart for heads, neurons and norms: the last part of a site's key."""
+    kinds: dict[str, dict[str, Tensor]] = {}
+    for key, each in logits.items():
+        kinds.setdefault(key.rpartition(".")[2], {})[key] = each
     return kinds

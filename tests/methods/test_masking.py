@@ -18,7 +18,7 @@ from erasure.export.folding import folded
 from erasure.families import family_of
 from erasure.methods.masking import MaskEraser, Minimalist, closed, hard_concrete, shares
 from erasure.methods.masking.chain import Chain
-from erasure.methods.masking.formulas import binary, overspent, share_closed, stretched, through, within
+from erasure.methods.masking.formulas import binary, overspent, ranked, share_closed, stretched, through, within
 from erasure.methods.masking.sites import Site, find, fold, hooked
 from erasure.seams import weights
 from tests import tiny
@@ -68,6 +68,16 @@ def test_binary_gates_are_what_is_folded_with_the_gradient_of_what_is_not_clampe
     (wanted,) = torch.autograd.grad(stretched(logits, half).sum(), logits)
     assert torch.equal(gradient, wanted) and (gradient > 0).all()
     assert binary(logits, torch.full_like(logits, 0.25)).tolist() == [0, 0, 0, 0, 1]  # -log 3 takes 0.9 under
+
+
+def test_ranked_gates_close_the_lowest_of_all_together_and_pass_every_gradient() -> None:
+    logits = {"a": torch.tensor([0.5, -2.0, 3.0], requires_grad=True), "b": torch.tensor([-1.0, 0.5], requires_grad=True)}
+    for count, wanted in ((0, [1, 1, 1, 1, 1]), (2, [1, 0, 1, 0, 1]), (3, [0, 0, 1, 0, 1]), (5, [0, 0, 0, 0, 0])):
+        gates = ranked(logits, count)
+        assert torch.cat([gates["a"], gates["b"]]).tolist() == wanted
+    weights = torch.tensor([1.0, -2.0, 3.0])
+    (gradient,) = torch.autograd.grad((ranked(logits, 2)["a"] * weights).sum(), logits["a"])
+    assert torch.equal(gradient, weights)
 
 
 def test_the_straight_through_gate_has_equal_values_and_a_gradient_where_the_other_has_none() -> None:

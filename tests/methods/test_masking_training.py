@@ -129,6 +129,34 @@ def test_training_moves_outputs_towards_the_target_within_the_budget() -> None:
         assert distance(samples) < 0.97 * plain
 
 
+def test_ranked_gates_use_the_budget_and_come_nearer_than_as_many_by_chance() -> None:
+    pipe = tiny.sd1()
+    method = Minimalist(**QUICK | {"steps": 40, "clamp": "ranked"})
+    eraser = method.fit(pipe, [DAGGER], run=QUIET)
+    counts = {kind: blocks[""] for kind, blocks in shares(eraser).items()}
+    assert all(each["off"] <= 0.1 * each["all"] for each in counts.values())
+    assert sum(each["off"] for each in counts.values()) == sum(math.floor(0.1 * each["all"]) for each in counts.values()) > 0
+    chain = Chain(Denoising(pipe, family_of(pipe), SIZE), 2)
+    samples = from_base(chain, [("dagger", "cat")], 2, 0, False)
+    draw = torch.Generator().manual_seed(0)
+
+    def distance(of: MaskEraser) -> float:
+        with torch.no_grad(), of.attach(pipe):
+            return float((chain.final(samples.noise, samples.prompts) - samples.wanted).square().mean())
+
+    def shuffled() -> MaskEraser:
+        return method.eraser((DAGGER,), {key: mask[torch.randperm(len(mask), generator=draw)] for key, mask in eraser.changed.items()})
+
+    chance = sorted(distance(shuffled()) for _ in range(9))
+    assert distance(eraser) < 0.7 * chance[0]
+
+
+def test_the_budget_of_ranked_gates_opens_over_the_first_fifth_of_the_steps() -> None:
+    method, logits = Minimalist(steps=50, budget=0.5, clamp="ranked"), {"x.neurons": torch.arange(20.0)}
+    off = [20 - int(method.gates(logits, 0, step)["x.neurons"].sum()) for step in (0, 1, 5, 10, 49)]
+    assert off == [0, 1, 5, 10, 10]
+
+
 def test_equal_seeds_give_equal_masks() -> None:
     pipe = tiny.sd1()
     first, again = (Minimalist(**QUICK).fit(pipe, [DAGGER], run=Run(seed=3, progress=False)) for _ in range(2))
