@@ -29,6 +29,7 @@ from erasure.registry import methods
 
 ESD = {"preset": "canvas", "part": "x", "lr": 1e-4, "start": "null", "images": 64, "retain_scale": 1.0}
 SALUN = {"preset": "canvas", "images": 64, "retain_scale": 0.5}
+BINARY = {"preset": "canvas", "clamp": "binary", "lr": 0.2, "images": 96, "retain_scale": 1.0, "steps": 140}
 """Where the search of a method began, if its preset is another by now."""
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "negative_prompt": [{}],
@@ -157,21 +158,29 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     ],
     "minimalist": [
         {"preset": "canvas"},
-        {"preset": "canvas", "steps": 100},
-        {"preset": "canvas", "budget": 0.05, "steps": 100},
-        {"preset": "canvas", "budget": 0.05, "clamp": "through", "steps": 100, "images": 64},
-        {"preset": "canvas", "budget": 0.05, "clamp": "through", "steps": 160},
+        {"preset": "canvas", "steps": 100, "retain_scale": 1.0},
+        BINARY,
+        BINARY | {"steps": 100},
+        BINARY | {"budget": 0.05, "steps": 100},
+        BINARY | {"budget": 0.05, "clamp": "through", "steps": 100, "images": 64},
+        BINARY | {"budget": 0.05, "clamp": "through", "steps": 160},
     ],
     "perp_neg": [{}, {"weight": 1.0}, {"weight": 4.0}, {"negatives": "each"}],
 }
+FLOW = BINARY | {"preset": "canvas-flow", "steps": 120, "retain_scale": 0.5}
 FLOW_GRIDS: dict[str, list[dict[str, Any]]] = {
     "minimalist": [
         {"preset": "canvas-flow"},
-        {"preset": "canvas-flow", "budget": 0.05},
-        {"preset": "canvas-flow", "guidance": 3.0},
-        {"preset": "canvas-flow", "retain_scale": 0.2, "clamp": "through"},
-        {"preset": "canvas-flow", "retain_scale": 1.0, "steps": 200, "lr": 0.15, "clamp": "through"},
-        {"preset": "canvas-flow", "retain_scale": 0.3, "guidance": 3.0, "steps": 100, "clamp": "through"},
+        {"preset": "canvas-flow", "steps": 100, "retain_scale": 1.0},
+        {"preset": "canvas-flow", "steps": 100, "retain_scale": 0.3, "images": 96},
+        {"preset": "canvas-flow", "steps": 100, "retain_scale": 0.3, "images": 96, "budget": 0.05},
+        {"preset": "canvas-flow", "steps": 100, "retain_scale": 0.3, "images": 96, "budget": 0.1},
+        FLOW,
+        FLOW | {"budget": 0.05},
+        FLOW | {"guidance": 3.0},
+        FLOW | {"retain_scale": 0.2, "clamp": "through"},
+        FLOW | {"retain_scale": 1.0, "steps": 200, "lr": 0.15, "clamp": "through"},
+        FLOW | {"retain_scale": 0.3, "guidance": 3.0, "steps": 100, "clamp": "through"},
     ],
 }
 """What is searched on canvas-flow instead."""

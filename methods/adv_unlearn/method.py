@@ -48,7 +48,7 @@ class AdvUnlearn(TrainedMethod):
             "attack_steps": 30, "attack_lr": 1e-3, "radius": 1.0, "attack_states": "fresh",
         },
         "canvas": {
-            "part": "text", "steps": 100, "lr": 3e-4, "batch": 4, "guidance": 4.0, "sampling_steps": 10, "eta": 1.0, "start": "null",
+            "part": "text", "steps": 100, "lr": 3e-4, "batch": 4, "guidance": 4.0, "sampling_steps": 10, "eta": 1.0, "start": "kind",
             "images": 32,
             "retain_scale": 1.0, "retain_batch": 4, "neutral": False, "expand": True, "warmup": 20,
             "attack_steps": 1, "attack_lr": 0.02, "radius": 0.3, "attack_states": "same",
@@ -73,8 +73,9 @@ class AdvUnlearn(TrainedMethod):
     """Steps at clean prompts before the first attack."""
     eta: OfPreset[float] = FROM_PRESET
     """Strength of the negative guidance, η, of ESD's target."""
-    start: OfPreset[Literal["null", "anchor"]] = FROM_PRESET
-    """Where ESD's target is guided away from the concept: null (paper), or the anchor, so that another thing is drawn (ours)."""
+    start: OfPreset[Literal["null", "anchor", "kind"]] = FROM_PRESET
+    """Where ESD's target is guided away from the concept: null (paper), the anchor, so that another thing is drawn, or (kind) the anchor
+    for styles and null for all else (both ours)."""
     retain_batch: OfPreset[int] = FROM_PRESET
     """Retained prompts a step."""
     neutral: OfPreset[bool] = FROM_PRESET
@@ -109,9 +110,9 @@ class AdvUnlearn(TrainedMethod):
     def objective(self, session: Session) -> Loss:
         of, targets, kept = session.denoising, self._targets(session.concepts), self._kept(session.concepts)
         reader = Reader(of)
-        anchors = dict(self.phrases(session.concepts))
+        starts = self._starts(session.concepts)
         reader.check(next(iter(targets)))
-        of.encode([*targets, *anchors.values(), *kept])  # from here on what the base's encoders say is known
+        of.encode([*targets, *starts.values(), *kept])  # from here on what the base's encoders say is known
         making: dict[str, Any] = {"steps": self.sampling_steps, "guidance": self.guidance, "batch": max(self.batch, 8), "whole": True}
         gone = session.pool(list(targets), self.images, **making)
         others = session.pool(kept, self.images, **making) if kept and self.retain_scale else None
@@ -121,7 +122,7 @@ class AdvUnlearn(TrainedMethod):
             prompts = [gone.prompts[i] for i in some]
             with session.tuned.reference():
                 null, concept = (of.predict(x_t, t, texts) for texts in ([""] * len(prompts), prompts))
-                start = of.predict(x_t, t, [anchors[text] for text in prompts]) if self.start == "anchor" else None
+                start = of.predict(x_t, t, [starts[text] for text in prompts]) if any(starts.values()) else None
             perturbed = None
             if step >= self.warmup:
                 slots = reader.slots(prompts, [targets[text] for text in prompts], self.strategy, self.tokens, generator)
@@ -170,6 +171,14 @@ class AdvUnlearn(TrainedMethod):
             for concept in concepts
             for template in self._templates(concept.kind)
             for target in concept.targets
+        }
+
+    def _starts(self, concepts: Sequence[Concept]) -> dict[str, str]:
+        """The prompt whose prediction ESD's target starts from, for every prompt that names a concept: the anchor's, or none."""
+        return {
+            prompt: anchor if self.start == "anchor" or (self.start == "kind" and concept.kind == "style") else ""
+            for concept in concepts
+            for prompt, anchor in self.phrases([concept])
         }
 
     def _kept(self, concepts: Sequence[Concept]) -> list[str]:

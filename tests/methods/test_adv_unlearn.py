@@ -270,6 +270,14 @@ def _other_clip(pipe: Any) -> Any:
     return pipe
 
 
+@pytest.mark.parametrize(("kind", "same", "other"), [("style", "anchor", "null"), ("object", "null", "anchor")])
+def test_a_start_by_kind_is_the_anchor_for_styles_and_null_for_objects(kind: Any, same: str, other: str) -> None:
+    concept = Concept("ink", kind=kind, targets=("ink",), anchors=("oil",))
+    by_kind, alike, unlike = (fit(sd1(), (concept,), start=start).changed for start in ("kind", same, other))
+    assert all(torch.equal(tensor, alike[name]) for name, tensor in by_kind.items())
+    assert any(not torch.equal(tensor, unlike[name]) for name, tensor in by_kind.items())
+
+
 def test_its_names_are_those_of_files_and_embeddings_from_before_do_not_pass(tmp_path: Path) -> None:
     pipe = sd1()
     eraser = fit(pipe)
