@@ -28,6 +28,7 @@ from erasure.models import EMBEDDED, load_base
 from erasure.registry import methods
 
 ESD = {"preset": "canvas", "part": "x", "lr": 1e-4, "start": "null", "images": 64, "retain_scale": 1.0}
+ABLATION = {"preset": "canvas", "lr": 2e-4, "images": 64, "retain_scale": 1.0}
 SALUN = {"preset": "canvas", "images": 64, "retain_scale": 0.5}
 BINARY = {"preset": "canvas", "clamp": "binary", "lr": 0.2, "images": 96, "retain_scale": 1.0, "steps": 140}
 """Where the search of a method began, if its preset is another by now."""
@@ -102,17 +103,17 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     ],
     "concept_ablation": [
         {"preset": "canvas"},
-        {"preset": "canvas", "part": "x"},
-        {"preset": "canvas", "part": "full", "lr": 1e-4},
-        {"preset": "canvas", "steps": 600},
-        {"preset": "canvas", "lr": 6e-4},
-        {"preset": "canvas", "part": "x", "lr": 4e-4},
-        {"preset": "canvas", "part": "x", "lr": 1e-3},
-        {"preset": "canvas", "part": "full", "lr": 3e-4},
-        {"preset": "canvas", "part": "full", "lr": 2e-4, "images": 192, "retain_scale": 3.0},
-        {"preset": "canvas", "part": "x", "lr": 6e-4, "images": 192, "retain_scale": 3.0},
-        {"preset": "canvas", "lr": 1.2e-3, "images": 192},
-        {"preset": "canvas", "lr": 1e-3, "images": 192, "retain_scale": 2.0},
+        ABLATION,
+        ABLATION | {"part": "x"},
+        ABLATION | {"part": "full", "lr": 1e-4},
+        ABLATION | {"steps": 600},
+        ABLATION | {"lr": 6e-4},
+        ABLATION | {"part": "x", "lr": 4e-4},
+        ABLATION | {"part": "x", "lr": 1e-3},
+        ABLATION | {"part": "full", "lr": 3e-4},
+        ABLATION | {"part": "full", "lr": 2e-4, "images": 192, "retain_scale": 3.0},
+        ABLATION | {"part": "x", "lr": 6e-4, "images": 192, "retain_scale": 3.0},
+        ABLATION | {"lr": 1.2e-3, "images": 192},
     ],
     "salun": [
         {"preset": "canvas"},

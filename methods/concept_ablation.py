@@ -38,8 +38,8 @@ class ConceptAblation(LowRankMethod):
             "variant": "model", "anchor_model": "current", "retain_scale": 1.0, "expand": True,
         },
         "canvas": {
-            "part": "kv", "steps": 300, "lr": 2e-4, "batch": 8, "guidance": 4.0, "sampling_steps": 10, "images": 64,
-            "variant": "model", "anchor_model": "base", "retain_scale": 1.0, "expand": True,
+            "part": "kv", "steps": 300, "lr": 1e-3, "batch": 8, "guidance": 4.0, "sampling_steps": 10, "images": 192,
+            "variant": "model", "anchor_model": "base", "retain_scale": 2.0, "expand": True,
         },
     }  # fmt: skip
 
