@@ -3,7 +3,7 @@
     python benchmarks/canvas.py --minutes 60                      # make what is missing, breadth first; stop in time
     python benchmarks/canvas.py --model canvas-flow --methods uce,esd
     python benchmarks/canvas.py --shard 1/2                       # every second concept, for two machines or two processes
-    python benchmarks/canvas.py --table                           # docs/benchmarks/canvas.md, docs/methods/masking.md, measured.yaml
+    python benchmarks/canvas.py --table                           # the pages canvas.md and masking.md, measured.yaml, README
 
 A finished cell is its results.json in ``docs/benchmarks/cells/MODEL/CONCEPT/METHOD[-seedN].json`` and is never made again. Images stay
 in ``--out``. Order: the base and methods without training on all concepts, then trained ones with seed 0, then further seeds. Methods have
@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from canvas_cells import Cell, gather_memory
+from canvas_readme import updated
 from canvas_table import publish, summarise
 
 from erasure.artifact import read_config
@@ -33,6 +35,7 @@ from erasure.registry import methods
 
 DOCS = Path(__file__).parents[1] / "docs/benchmarks"
 MEASURED = Path(__file__).parents[1] / "erasure/canvas/measured.yaml"
+README = Path(__file__).parents[1] / "README.md"
 ROWS: dict[str, tuple[str, ...]] = {
     "canvas": (
         "negative_prompt", "uce", "safree", "sld", "perp_neg", "itd", "saeuron", "conceptprune", "ssd_diffusion", "minimalist",
@@ -136,6 +139,7 @@ def main() -> None:
     for page, models in ((arguments.docs / "canvas.md", ROWS), (arguments.docs.parent / "methods" / "masking.md", masks)):
         publish(arguments.docs, page, models, concepts, range(arguments.seeds))
     summarise(arguments.docs, MEASURED, ROWS, concepts, range(arguments.seeds))
+    README.write_text(updated(README.read_text(), yaml.safe_load(MEASURED.read_text())["canvas"], len(concepts)))
 
 
 if __name__ == "__main__":

@@ -197,6 +197,19 @@ def test_the_listing_says_what_the_cells_say(table: Any, docs: Docs, tmp_path: P
     canvas = import_module("canvas")
     table.summarise(canvas.DOCS, tmp_path / "now.yaml", canvas.ROWS, splits().test, range(canvas.FIT_SEEDS))
     assert (tmp_path / "now.yaml").read_text() == canvas.MEASURED.read_text()
+    readme, column = canvas.README.read_text(), import_module("canvas_readme")
+    measured = yaml.safe_load(canvas.MEASURED.read_text())["canvas"]
+    assert column.updated(readme, measured, len(splits().test)) == readme and f"{column.said(measured['uce'], 8)} |" in readme
+
+
+@pytest.mark.usefixtures("table")
+def test_the_column_of_the_readme_says_what_is_missing() -> None:
+    column = import_module("canvas_readme")
+    row = {"named": {"rate": 0.714, "lo": 0.678, "hi": 0.748, "n": 640}, "kept": {"value": -0.146}, "concepts": 8, "destroyed": False}
+    assert column.said(row, 8) == "71 % (68-75); -15"
+    assert column.said(row | {"concepts": 3, "destroyed": True}, 8) == "71 % (68-75); -15; 3 of 8 concepts; marked `destroyed`"
+    table = "| name | canvas |\n|---|---|\n| `uce` | closed form | 1 |\n| `mine` | x | 2 |\n"
+    assert column.updated(table, {"uce": row}, 8).endswith("| `uce` | closed form | 71 % (68-75); -15 |\n| `mine` | x | no cells yet |\n")
 
 
 def test_memory_of_fits_is_gathered_from_artefacts(table: Any, docs: Docs, tmp_path: Path) -> None:
