@@ -173,6 +173,7 @@ FLOW_GRIDS: dict[str, list[dict[str, Any]]] = {
     "minimalist": [
         {"preset": "canvas-flow"},
         {"preset": "canvas-flow", "steps": 100, "retain_scale": 1.0},
+        {"preset": "canvas-flow", "steps": 100, "guidance": 3.0, "sampling_steps": 4},
         {"preset": "canvas-flow", "steps": 100, "retain_scale": 0.3, "images": 96},
         {"preset": "canvas-flow", "steps": 100, "retain_scale": 0.3, "images": 96, "budget": 0.05},
         {"preset": "canvas-flow", "steps": 100, "retain_scale": 0.3, "images": 96, "budget": 0.1},

@@ -65,7 +65,8 @@ def test_a_fit_that_diverges_stops_with_1_and_saves_nothing(capsys: pytest.Captu
 def test_a_killed_fit_goes_on_with_its_own_settings_alone(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = f"erase esd {QUICK} --steps 2"
+    begun = f"erase esd {QUICK} --part x --lr 1e-4"
+    command = f"{begun} --steps 2"
 
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -76,11 +77,11 @@ def test_a_killed_fit_goes_on_with_its_own_settings_alone(
     state = {p.name: p.read_bytes() for p in (tmp_path / ".new.training").iterdir()}
     assert state
     for other, said in (
-        ("--lr 0.5", r"lr was 0\.0001, is 0\.5"),
-        ("--eta 2", r"eta was 1\.0, is 2\.0"),
-        ("--steps 3", "steps was 2, is 3"),
+        (f"erase esd {QUICK} --part x --lr 0.5 --steps 2", r"lr was 0\.0001, is 0\.5"),
+        (f"{command} --eta 2", r"eta was 1\.0, is 2\.0"),
+        (f"{begun} --steps 3", "steps was 2, is 3"),
     ):
-        refused(capsys, f"{command} {other}" if "steps" not in other else f"erase esd {QUICK} {other}", said, "remove")
+        refused(capsys, other, said, "remove")
     assert {p.name: p.read_bytes() for p in (tmp_path / ".new.training").iterdir()} == state
     assert main(shlex.split(command)) == 0 and (tmp_path / "new" / artifact.CONFIG).is_file()
     assert not (tmp_path / ".new.training").exists()
