@@ -30,6 +30,7 @@ from erasure.registry import methods
 ESD = {"preset": "canvas", "part": "x", "lr": 1e-4, "start": "null", "images": 64, "retain_scale": 1.0}
 ABLATION = {"preset": "canvas", "lr": 2e-4, "images": 64, "retain_scale": 1.0}
 SALUN = {"preset": "canvas", "images": 64, "retain_scale": 0.5}
+GS_LORA = {"preset": "canvas", "images": 64}
 BINARY = {"preset": "canvas", "clamp": "binary", "lr": 0.2, "images": 96, "retain_scale": 1.0, "steps": 140}
 """Where the search of a method began, if its preset is another by now."""
 GRIDS: dict[str, list[dict[str, Any]]] = {
@@ -136,10 +137,11 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     ],
     "gs_lora": [
         {"preset": "canvas"},
-        {"preset": "canvas", "bound": 0.5},
-        {"preset": "canvas", "alpha": 0.1},
-        {"preset": "canvas", "images": 192, "retain_scale": 3.0},
-        {"preset": "canvas", "images": 192, "retain_scale": 3.0, "beta": 0.3, "bound": 0.6},
+        GS_LORA,
+        GS_LORA | {"bound": 0.5},
+        GS_LORA | {"alpha": 0.1},
+        {"preset": "canvas", "retain_scale": 3.0},
+        {"preset": "canvas", "retain_scale": 3.0, "beta": 0.3, "bound": 0.6},
     ],
     "conceptprune": [
         {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4},
@@ -168,20 +170,21 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     ],
     "perp_neg": [{}, {"weight": 1.0}, {"weight": 4.0}, {"negatives": "each"}],
 }
-FLOW = BINARY | {"preset": "canvas-flow", "steps": 120, "retain_scale": 0.5}
+UNGUIDED = {"preset": "canvas-flow", "guidance": 1.0, "company": False, "steps": 120, "sampling_steps": 5, "retain_scale": 0.5}
+GUIDED = {"preset": "canvas-flow", "guidance": 3.0, "company": True, "steps": 100, "sampling_steps": 4, "retain_scale": 0.5}
+FLOW = UNGUIDED | {"clamp": "binary", "lr": 0.2, "images": 96}
 FLOW_GRIDS: dict[str, list[dict[str, Any]]] = {
     "minimalist": [
         {"preset": "canvas-flow"},
-        {"preset": "canvas-flow", "steps": 100, "retain_scale": 1.0},
-        {"preset": "canvas-flow", "steps": 100, "guidance": 3.0, "sampling_steps": 4},
-        {"preset": "canvas-flow", "steps": 100, "retain_scale": 0.3, "images": 96},
-        {"preset": "canvas-flow", "steps": 100, "retain_scale": 0.3, "images": 96, "budget": 0.05},
-        {"preset": "canvas-flow", "steps": 100, "retain_scale": 0.3, "images": 96, "budget": 0.1},
+        UNGUIDED,
+        UNGUIDED | {"company": True},
+        UNGUIDED | {"steps": 100, "guidance": 3.0, "sampling_steps": 4},
+        GUIDED,
+        GUIDED | {"retain_scale": 0.3, "sampling_steps": 5, "steps": 120},
+        GUIDED | {"retain_scale": 0.3, "steps": 240},
         FLOW,
         FLOW | {"budget": 0.05},
         FLOW | {"guidance": 3.0},
-        FLOW | {"retain_scale": 0.2, "clamp": "through"},
-        FLOW | {"retain_scale": 1.0, "steps": 200, "lr": 0.15, "clamp": "through"},
         FLOW | {"retain_scale": 0.3, "guidance": 3.0, "steps": 100, "clamp": "through"},
     ],
 }

@@ -98,7 +98,7 @@ class GSLoRA(TrainedMethod):
             "rank": 8, "alpha": 1e-4, "beta": 0.15, "bound": 1.0, "retain_scale": 1.0, "expand": False,
         },
         "canvas": {
-            "part": "full", "steps": 300, "lr": 1e-3, "batch": 8, "guidance": 4.0, "sampling_steps": 10, "images": 64,
+            "part": "full", "steps": 300, "lr": 1e-3, "batch": 8, "guidance": 4.0, "sampling_steps": 10, "images": 192,
             "rank": 8, "alpha": 1e-2, "beta": 1.0, "bound": 1.0, "retain_scale": 1.0, "expand": True,
         },
     }  # fmt: skip

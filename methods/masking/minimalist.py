@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ from erasure.denoising import Denoising
 from erasure.errors import ErasureError, NotErased
 from erasure.families import Family, Unit
 from erasure.method import ErasureMethod, Run
-from erasure.trained import CEILING, FROM_PRESET, TEMPLATES, OfPreset, check_concepts
+from erasure.trained import CEILING, FROM_PRESET, OfPreset, check_concepts
 from erasure.training import Loss, train
 
 from . import formulas
 from .chain import Chain
 from .eraser import MaskEraser
-from .samples import NEUTRAL, Samples, from_base, from_file
+from .samples import Samples, from_base, from_file, phrases, retained
 from .sites import Site, find, hooked
 
 log = logging.getLogger("erasure")
@@ -52,22 +53,26 @@ class Minimalist(ErasureMethod):
         "budget": {
             "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 100, "lr": 1.0, "weight_decay": 0.0,
             "batch": 1, "accumulation": 4, "images": 40, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 1.0,
-            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "ranked", "expand": False, "recompute": True,
+            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "ranked", "expand": False, "company": False,
+            "recompute": True,
         },
         "released": {  # its FLUX configuration: heads have a learning rate of 0
             "units": ("neurons", "norms"), "layers": ("ff", "ff_context", "norm1_context"), "budget": 0.02, "steps": 50, "lr": 0.5,
             "weight_decay": 0.01, "batch": 1, "accumulation": 4, "images": 40, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 0.1,
-            "regulariser": "none", "init": 3.0, "spread": 0.5, "clamp": "hard", "expand": False, "recompute": True,
+            "regulariser": "none", "init": 3.0, "spread": 0.5, "clamp": "hard", "expand": False, "company": False,
+            "recompute": True,
         },
         "canvas": {
             "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 120, "lr": 1.0, "weight_decay": 0.0,
             "batch": 4, "accumulation": 1, "images": 192, "sampling_steps": 5, "guidance": 4.0, "retain_scale": 0.5,
-            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "ranked", "expand": True, "recompute": False,
+            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "ranked", "expand": True, "company": False,
+            "recompute": False,
         },
         "canvas-flow": {
             "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 120, "lr": 1.0, "weight_decay": 0.0,
             "batch": 4, "accumulation": 1, "images": 192, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 0.5,
-            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "ranked", "expand": True, "recompute": False,
+            "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "ranked", "expand": True, "company": True,
+            "recompute": False,
         },
     }  # fmt: skip
 
@@ -117,6 +122,8 @@ class Minimalist(ErasureMethod):
     which only the order counts. The last two are not for ``preserve``, whose loss is flat where all gates are open."""
     expand: OfPreset[bool] = FROM_PRESET
     """Put each phrase into five short templates, too."""
+    company: OfPreset[bool] = FROM_PRESET
+    """Name targets beside retained phrases, too, which then have to stay; styles have things in their templates already."""
     size: int | None = None
     """Pixels a side of the samples; the pipeline's own if not given."""
     recompute: OfPreset[bool] = FROM_PRESET
@@ -181,9 +188,10 @@ class Minimalist(ErasureMethod):
 
     def samples(self, chain: Chain, concepts: Sequence[Concept], run: Run) -> tuple[Samples | None, Samples]:
         """What should change (nothing, where the objective is to preserve), and what should stay."""
-        pairs = [pair for concept in concepts for pair in self._phrases(concept)]
-        retain = [phrase for concept in concepts for phrase in concept.retain] or list(NEUTRAL)
-        kept = [template.format(phrase) for phrase in retain for template in self._templates("other")]
+        pairs = [pair for concept in concepts for pair in phrases(concept, self.expand, self.company, run.seed)]
+        if len(pairs) > self.images:  # a part by chance, which is fair to all concepts
+            pairs = random.Random(run.seed).sample(pairs, self.images)
+        kept = retained(concepts, self.expand)
         if self.objective == "preserve":
             kept = [*kept, *(target for target, _ in pairs)]
         order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(run.seed)).tolist()
@@ -263,17 +271,6 @@ class Minimalist(ErasureMethod):
         if wanted > most and not exactly:
             log.warning("minimalist closed %d of %d %s; the budget allows %d: the others are opened", wanted, everything, kind, most)
         return formulas.within(logits, most, exactly=exactly)
-
-    def _phrases(self, concept: Concept) -> list[tuple[str, str]]:
-        return [
-            (template.format(target), template.format(anchor) if anchor else "")
-            for template in self._templates(concept.kind)
-            for target, anchor in concept.pairs()
-        ]
-
-    def _templates(self, kind: str) -> tuple[str, ...]:
-        templates = TEMPLATES.get(kind, TEMPLATES["other"])
-        return templates if self.expand else templates[:1]
 
 
 def _by_kind(logits: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

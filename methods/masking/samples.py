@@ -1,17 +1,20 @@
 """What the masked model should make: pairs of a prompt's noise and the final latents that are wanted of it."""
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from erasure.concept import Concept, Kind
 from erasure.errors import ErasureError
+from erasure.trained import TEMPLATES
 
 from .chain import Chain
 
@@ -20,6 +23,8 @@ NEUTRAL = (
     "a bowl of soup", "an old house by a lake", "a child with a ball", "a boat at sea", "a city at night", "a vase of flowers", "a bird",
 )  # fmt: skip
 """Preserved where a concept has no retain list."""
+BESIDE, COMPANIONS = ("a {0} and a {1}", "a {1} with a {0}"), 8
+"""Templates of a target in company, and how many retained phrases keep each target company in each of them."""
 AT_ONCE = 8
 """Images that the base makes in one batch."""
 
@@ -37,6 +42,35 @@ class Samples:
         which = torch.randint(len(self.prompts), (n,), generator=generator).tolist()
         made = chain.final(self.noise[which], [self.prompts[i] for i in which])
         return (made - self.wanted[which]).square().mean()
+
+
+def phrases(concept: Concept, expand: bool, company: bool, seed: int) -> list[tuple[str, str]]:
+    """Each target with what it becomes, in its kind's templates (``expand``: all of them), and beside retained phrases (``company``)."""
+    alone = [
+        (template.format(target), template.format(anchor) if anchor else "")
+        for template in _templates(concept.kind, expand)
+        for target, anchor in concept.pairs()
+    ]
+    if not company or concept.kind == "style":  # whose templates have things in them
+        return alone
+    draw = random.Random(seed)
+    return alone + [
+        (template.format(target, other), template.format(anchor, other) if anchor else f"a {other}")
+        for target, anchor in concept.pairs()
+        for template in BESIDE
+        for other in draw.sample(concept.retain, min(len(concept.retain), COMPANIONS))
+    ]
+
+
+def retained(concepts: Sequence[Concept], expand: bool) -> list[str]:
+    """What is kept: the retain lists, or neutral captions where there are none."""
+    retain = [phrase for concept in concepts for phrase in concept.retain] or list(NEUTRAL)
+    return [template.format(phrase) for phrase in retain for template in _templates("other", expand)]
+
+
+def _templates(kind: Kind | Literal["other"], expand: bool) -> tuple[str, ...]:
+    templates = TEMPLATES.get(kind, TEMPLATES["other"])
+    return templates if expand else templates[:1]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from erasure.families import family_of
 from erasure.method import Run
 from erasure.methods.masking import MaskEraser, Minimalist, shares
 from erasure.methods.masking.chain import Chain
-from erasure.methods.masking.samples import Samples, from_base, from_file
+from erasure.methods.masking.samples import Samples, from_base, from_file, phrases
 from erasure.methods.masking.sites import find, hooked
 from erasure.training import CHECKPOINT, Diverged
 from tests import tiny
@@ -181,6 +181,27 @@ def test_preserve_reaches_its_budget_and_chooses_better_than_chance() -> None:
     draw = torch.Generator().manual_seed(0)
     shuffled = {key: mask[torch.randperm(len(mask), generator=draw)] for key, mask in eraser.changed.items()}
     assert distance(eraser) < distance(MaskEraser(method, (DAGGER,), shuffled))
+
+
+def test_targets_keep_company_and_what_stands_beside_them_stays() -> None:
+    concept = Concept("dagger", targets=("dagger", "dirk"), anchors=("cat",), retain=("dog", "boat"))
+    alone, found = (phrases(concept, False, company, seed=3) for company in (False, True))
+    assert alone == [("dagger", "cat"), ("dirk", "cat")]
+    assert found[:2] == alone and len(found) == 2 + 2 * 2 * 2
+    assert set(found[2:]) >= {("a dirk and a boat", "a cat and a boat"), ("a dog with a dagger", "a dog with a cat")}
+    assert ("a dagger and a dog", "a dog") in phrases(Concept("dagger", retain=("dog",)), False, True, seed=3)
+    assert phrases(Concept("ink", kind="style", retain=("dog",)), True, True, seed=3) == phrases(
+        Concept("ink", kind="style", retain=("dog",)), True, False, seed=3
+    )
+
+
+def test_more_phrases_than_images_leave_no_concept_out() -> None:
+    pipe = tiny.sd1()
+    chain = Chain(Denoising(pipe, family_of(pipe), SIZE), 2)
+    concepts = [Concept(name, anchors=("dog",), retain=("boat",)) for name in ("dagger", "cat")]
+    erase, _ = Minimalist(**QUICK | {"images": 4, "expand": True}).samples(chain, concepts, QUIET)
+    assert erase is not None and len(set(erase.prompts)) == 4
+    assert {name for name in ("dagger", "cat") for prompt in erase.prompts if name in prompt} == {"dagger", "cat"}
 
 
 def test_a_users_pairs_are_the_targets(tmp_path: Path) -> None:
