@@ -182,10 +182,10 @@ FLOW_GRIDS: dict[str, list[dict[str, Any]]] = {
         GUIDED,
         GUIDED | {"retain_scale": 0.3, "sampling_steps": 5, "steps": 120},
         GUIDED | {"retain_scale": 0.3, "steps": 240},
+        GUIDED | {"retain_scale": 0.3, "steps": 120, "units": ("neurons",)},
+        GUIDED | {"retain_scale": 0.3, "steps": 120, "units": ("norms",)},
+        GUIDED | {"steps": 120, "units": ("norms",), "budget": 0.04},
         FLOW,
-        FLOW | {"budget": 0.05},
-        FLOW | {"guidance": 3.0},
-        FLOW | {"retain_scale": 0.3, "guidance": 3.0, "steps": 100, "clamp": "through"},
     ],
 }
 """What is searched on canvas-flow instead."""
