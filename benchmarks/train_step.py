@@ -41,7 +41,7 @@ ROOT = Path(__file__).parent.parent
 JSON, PAGE = ROOT / "docs" / "benchmarks" / "train_step.json", ROOT / "docs" / "performance.md"
 CONCEPT = Concept("dagger", targets=("dagger",), anchors=("cat",), retain=("boat",))
 PLAIN, RANK, BAR = "plain LoRA", 4, 2.2
-BARS = {"esd, LoRA": BAR, "safety_dpo": BAR, "safety_dpo, LoRA": BAR}
+BARS = {"esd, LoRA": BAR, "safety_dpo": BAR}
 """Most that a step may cost, relative to the plain one."""
 SMALL = {"images": 2, "sampling_steps": 2, "size": 256, "batch": 1, "accumulation": 1, "retain_batch": 1, "warmup": 0, "states": "base"}
 """What a fit draws beforehand is no part of a step; of fields that a method has not, nothing is said."""

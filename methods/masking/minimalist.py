@@ -70,7 +70,7 @@ class Minimalist(ErasureMethod):
         },
         "canvas-flow": {
             "units": ("heads", "neurons", "norms"), "layers": (), "budget": 0.02, "steps": 120, "lr": 1.0, "weight_decay": 0.0,
-            "batch": 4, "accumulation": 1, "images": 192, "sampling_steps": 5, "guidance": 1.0, "retain_scale": 0.5,
+            "batch": 4, "accumulation": 1, "images": 192, "sampling_steps": 5, "guidance": 3.0, "retain_scale": 0.3,
             "regulariser": "budget", "init": 3.0, "spread": 0.5, "clamp": "ranked", "expand": True, "company": True,
             "recompute": False,
         },
