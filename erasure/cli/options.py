@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -142,8 +143,15 @@ class What:
         return (*named, own)
 
 
+PIPED = 10_000
+"""Columns of a table that nobody looks at through a window."""
+
+
 def emit(data: Any, as_json: bool, columns: tuple[str, ...] = ()) -> None:
-    """Print records (a list of dicts) as a table of ``columns``, or anything as JSON."""
+    """Print records (a list of dicts) as a table of ``columns``, or anything as JSON.
+
+    On a terminal all columns but the first fold; into a pipe or a file, a record is one line, however long.
+    """
     if as_json:
         print(json.dumps(data, indent=2, ensure_ascii=False))
         return
@@ -152,11 +160,11 @@ def emit(data: Any, as_json: bool, columns: tuple[str, ...] = ()) -> None:
     from rich.text import Text
 
     table = Table(*columns, box=None, pad_edge=False)
-    for column in table.columns[:-1]:
-        column.no_wrap = True  # names are there to be copied; the last column has the words
+    for column in table.columns[:1]:
+        column.no_wrap = True  # names are there to be copied
     for record in data:
         table.add_row(*(Text(_cell(record[c])) for c in columns))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else PIPED).print(table)
 
 
 def _cell(value: Any) -> str:

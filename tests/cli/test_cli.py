@@ -3,6 +3,9 @@
 import json
 import shutil
 
+import pytest
+
+from erasure import registry
 from erasure.cli.main import main
 
 FEW = ["--model", "canvas", "--suite", "canvas-demo", "--limit", "8", "--steps", "4", "--device", "cpu"]
@@ -21,6 +24,16 @@ def test_listings_print_json(capsys):
     assert main(["suites", "--json"]) == 0
     images = {row["suite"]: row["images"] for row in json.loads(capsys.readouterr().out)}
     assert images.items() >= {"canvas": 400, "canvas-demo": 72, "i2p": 4109, "coco-30k": 30000, "neighbours": None}.items()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_listing_has_every_name_in_full_and_is_a_line_a_record_where_it_is_piped(terminal, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")  # no colours, 80 columns
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert set(registry.methods.builtin) <= {line.split(" ")[0] for line in lines}
+    assert max(map(len, (line.rstrip() for line in lines))) <= 80 if terminal else len(lines) == 1 + len(registry.methods.names())
 
 
 def test_erase_then_verify_then_damage(capsys, tmp_path):
