@@ -1,4 +1,4 @@
-"""Search a method's settings on dev concepts: dev templates and seeds, judge_dev, at most 12 configurations a method.
+"""Search a method's settings on dev concepts: dev templates and seeds, judge_dev, at most 12 configurations each on the canvas.
 
     python benchmarks/search_dev.py uce safree --concepts dagger --json search.json
 
@@ -270,10 +270,9 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for concept in arguments.concepts:
-        cases = [
-            ("base", None),
-            *((name, config) for name in arguments.methods for i, config in enumerate(grids[name]) if i in (arguments.only or range(12))),
-        ]
+        cases: list[tuple[str, dict[str, Any] | None]] = [("base", None)]
+        for name in arguments.methods:
+            cases += [(name, config) for i, config in enumerate(grids[name]) if arguments.only is None or i in arguments.only]
         for name, config in cases:
             if config is None:
                 figures = measure(pipe, concept, arguments.n)
