@@ -142,6 +142,8 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         GS_LORA | {"alpha": 0.1},
         {"preset": "canvas", "retain_scale": 3.0},
         {"preset": "canvas", "retain_scale": 3.0, "beta": 0.3, "bound": 0.6},
+        {"preset": "canvas", "alpha": 1e-3},
+        {"preset": "canvas", "alpha": 3e-2},
     ],
     "conceptprune": [
         {"sampling_steps": 20, "guidance": 4.0, "timesteps": 4},

@@ -63,6 +63,7 @@ class Training:
     """What the optimiser moves: the same, but float32 masters of those in half precision, so that small steps are not rounded away."""
     losses: list[float] = field(default_factory=list)
     stop: str = ""
+    optimiser: torch.optim.Optimizer = field(init=False)
 
     @property
     def step(self) -> int:
@@ -82,6 +83,14 @@ class Training:
         for name, parameter in self.live.items():
             if parameter is not self.weights[name]:
                 parameter.copy_(self.weights[name])
+
+    def reach(self, weights: Sequence[Tensor]) -> float:
+        """How far Adam now moves some weights for each unit of their gradient: lr over the root of their mean second moment."""
+        [group] = self.optimiser.param_groups
+        states = [state for weight in weights if (state := self.optimiser.state[weight])]  # none where float16 skipped the first steps
+        squares = sum(float(state["exp_avg_sq"].sum()) / (1 - group["betas"][1] ** float(state["step"])) for state in states)
+        mean = squares / sum(weight.numel() for weight in weights)
+        return float(group["lr"]) / (math.sqrt(mean) + group["eps"]) if states else 0.0
 
     def gather(self) -> None:
         """Gradients to the masters, averaged over processes."""
@@ -142,11 +151,12 @@ def train(
     began, device = time.perf_counter(), next(iter(parameters.values())).device
     process = PartialState(cpu=device.type == "cpu")
     run = _run(parameters, steps)
-    optimiser: torch.optim.Optimizer
+    moved: Any = run.weights.values()
     if momentum is None:
-        optimiser = torch.optim.AdamW(run.weights.values(), lr=lr, betas=betas, weight_decay=weight_decay)
+        run.optimiser = torch.optim.AdamW(moved, lr=lr, betas=betas, weight_decay=weight_decay)
     else:
-        optimiser = torch.optim.SGD(run.weights.values(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        run.optimiser = torch.optim.SGD(moved, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    optimiser = run.optimiser
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")  # type: ignore[attr-defined]
     for callback in callbacks:
         callback.start(run)

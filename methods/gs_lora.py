@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def group_lasso(groups: Iterable[Sequence[Tensor]]) -> Tensor:
     """
     total: Tensor | None = None
     for group in groups:
-        square = torch.stack([each.square().sum() for each in group]).sum()
+        square = torch.stack([each.to(torch.promote_types(each.dtype, torch.float32)).square().sum() for each in group]).sum()
         empty = square == 0
         norm = torch.where(empty, 0.0, torch.where(empty, 1.0, square).sqrt())
         total = norm if total is None else total + norm
@@ -67,15 +67,20 @@ def groups_of(names: Iterable[str]) -> list[list[str]]:
 
 
 @dataclass(frozen=True)
-class _Shrink(Callback):
-    """The proximal step after each of the optimiser's."""
+class Shrink(Callback):
+    """The proximal step after each of Adam's, in Adam's own measure: a group's gradients are divided by their root mean second moment.
+
+    So α is weighed against gradients, as in the objective: a group stays at zero whose loss pulls less than α. A step of α times the
+    learning rate alone never gets there, since Adam's are as long however small the gradients are.
+    """
 
     alpha: float
     groups: list[list[str]] = field(repr=False)
-    lr: float
 
     def step(self, run: Training) -> None:
-        shrink([[run.weights[name] for name in group] for group in self.groups], self.alpha * self.lr)
+        for group in self.groups:
+            weights = [run.weights[name] for name in group]
+            shrink([weights], self.alpha * run.reach(weights))
         run.publish()
 
 
@@ -85,15 +90,15 @@ class GSLoRA(TrainedMethod):
 
     A LoRA on feed-forward layers alone. The concept's denoising error on the base's own images of it is driven up to a bound, and no
     further; retained images and those of anchors are learned as ever; a group lasso over the blocks leaves those alone that need not
-    change, by a proximal step, since descent on the norm never reaches zero (the released code adds the norm to the loss, whose gradient
-    is NaN at a group of zeros). Several concepts are tasks one after another: each has a LoRA of its own, trained on what the former
+    change, by a proximal step, since descent on the norm (``penalty=loss``: the paper's and the released code's) never ends at zero, and
+    is NaN there in that code. Several concepts are tasks one after another: each has a LoRA of its own, trained on what the former
     left, and all are added up. Its part is always these feed-forwards, unless ``layers`` are given.
     """
 
     name: ClassVar[str] = "gs_lora"
     paper: ClassVar[str] = "arXiv:2403.11530"
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {  # rank, α and β of the paper; steps, batch and bound are ours for SD 1.5: those of a classifier say nothing
+        "paper": {  # rank, α and β of the released GS-LoRA++ script; the rest is ours for SD 1.5: a classifier's says nothing
             "part": "full", "steps": 500, "lr": 1e-4, "batch": 4, "guidance": 7.5, "sampling_steps": 50, "images": 200,
             "rank": 8, "alpha": 1e-4, "beta": 0.15, "bound": 1.0, "retain_scale": 1.0, "expand": False,
         },
@@ -113,6 +118,8 @@ class GSLoRA(TrainedMethod):
     """BND: the mean squared error at which the concept counts as forgotten; predictions have about unit variance."""
     alpha: OfPreset[float] = FROM_PRESET
     """α, weight of the group lasso."""
+    penalty: Literal["proximal", "loss"] = "proximal"
+    """The group lasso as a proximal step after each of Adam's, or as a term of the loss."""
     beta: OfPreset[float] = FROM_PRESET
     """β, weight of forgetting."""
 
@@ -149,6 +156,7 @@ class GSLoRA(TrainedMethod):
     def objective(self, session: Session) -> Loss:
         pairs, kept = self.phrases(session.concepts), self.retained(session.concepts)
         making: dict[str, Any] = {"steps": self.sampling_steps, "guidance": self.guidance, "batch": max(self.batch, 8)}
+        groups = groups_of(session.tuned.parameters) if self.penalty == "loss" else []
         gone = session.pool([word for word, _ in pairs], self.images, **making)
         remain = session.pool([*dict.fromkeys(anchor for _, anchor in pairs), *kept], self.images, **making)
         of = session.denoising
@@ -158,12 +166,13 @@ class GSLoRA(TrainedMethod):
             error = (of.predict(some.x_t, some.t, some.prompts) - some.target).square().mean()
             rest = remain.noised(of, self.batch, generator)
             kept_error = (of.predict(rest.x_t, rest.t, rest.prompts) - rest.target).square().mean()
-            return self.beta * forget(error, self.bound) + self.retain_scale * kept_error
+            lasso = group_lasso([session.tuned.parameters[name] for name in group] for group in groups)
+            return self.beta * forget(error, self.bound) + self.retain_scale * kept_error + self.alpha * lasso.to(error)
 
         return loss
 
     def watchers(self, tuned: Tuned) -> tuple[Callback, ...]:
-        return (_Shrink(self.alpha, groups_of(tuned.parameters), self.lr),)
+        return (Shrink(self.alpha, groups_of(tuned.parameters)),) if self.penalty == "proximal" else ()
 
 
 def _moved(pipe: Any, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:

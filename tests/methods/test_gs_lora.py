@@ -13,6 +13,7 @@ from erasure.methods import gs_lora
 from erasure.methods.gs_lora import GSLoRA
 from erasure.testing.subject import CONCEPT
 from erasure.testing.tiny import FAMILIES, sd1
+from erasure.training import train
 
 QUICK: dict[str, Any] = {"steps": 2, "lr": 0.02, "batch": 2, "sampling_steps": 2, "size": 16, "images": 2, "rank": 2}
 
@@ -56,6 +57,31 @@ def test_groups_are_the_feed_forwards_of_blocks() -> None:
     eraser = GSLoRA.from_config(QUICK).fit(sd1(), [CONCEPT], run=Run(progress=False))
     groups = gs_lora.groups_of(eraser.factors)
     assert all(".ff.net." in name for name in eraser.factors) and all(len(group) == 4 for group in groups)
+
+
+def test_a_group_ends_at_zero_where_its_loss_pulls_less_than_alpha() -> None:
+    """Of Σ ½‖w - c‖² + α Σ ‖w‖ the minimum is known: c (1 - α/‖c‖), or zero; Adam's own length of steps must not change that."""
+    pull = {"near": torch.full((16,), 0.5 / 4), "far": torch.full((16,), 2.0 / 4)}  # norms 0.5 and 2
+    weights = {name: torch.ones(16) for name in pull}
+    shrinking = gs_lora.Shrink(1.0, [["near"], ["far"]])
+    train(
+        weights, lambda step, draw: sum(0.5 * (weights[n] - pull[n]).square().sum() for n in pull) + torch.zeros(()),
+        steps=3000, lr=5e-3, callbacks=[shrinking],
+    )  # fmt: skip
+    assert weights["near"].tolist() == [0.0] * 16
+    assert weights["far"].tolist() == pytest.approx([0.25] * 16, rel=0.05)
+
+
+def test_some_blocks_go_and_others_stay_by_the_size_of_their_gradients() -> None:
+    def norms(**settings: Any) -> list[float]:
+        eraser = GSLoRA.from_config({**QUICK, "steps": 30, "bound": 5.0, **settings}).fit(sd1(), [CONCEPT], run=Run(progress=False))
+        tensors = eraser.factors
+        return [float(gs_lora.group_lasso([[tensors[name] for name in group]])) for group in gs_lora.groups_of(tensors)]
+
+    free, some, term = norms(alpha=0.0), norms(alpha=3e-3), norms(alpha=3e-3, penalty="loss")
+    assert min(free) > 1
+    assert 0 < some.count(0.0) < len(some), some
+    assert all(0 < with_term < without for with_term, without in zip(term, free, strict=True))
 
 
 def test_a_strong_penalty_leaves_blocks_exactly_alone() -> None:
