@@ -167,6 +167,10 @@ class TrainedMethod(ErasureMethod):
         """Further arguments of ``train``."""
         return {}
 
+    def ceiling(self) -> float:
+        """Loss from which on a run is lost."""
+        return CEILING
+
     def watchers(self, tuned: Tuned) -> tuple[Callback, ...]:
         """What else has to happen after each step."""
         return ()
@@ -182,6 +186,8 @@ class TrainedMethod(ErasureMethod):
         """Train, and give the trained tensors; ``pipe`` is as before afterwards."""
         family = self.family(pipe)
         check_concepts(self.name, concepts)
+        if both := {_same(word) for word, _ in self.phrases(concepts)} & {_same(phrase) for phrase in self.retained(concepts)}:
+            raise ErasureError(f"{self.name}: the prompt {min(both)!r} is erased and retained: take its phrase out of the retain list")
         if vars(pipe).get("_erasers"):
             raise NotErased(f"{self.name} is fitted on a bare base, and this pipeline has an eraser attached: detach it first")
         agreed = {
@@ -198,7 +204,7 @@ class TrainedMethod(ErasureMethod):
             stack.callback(bar.close)
             train(
                 tuned.parameters, self.objective(session), steps=self.steps, lr=self.lr, seed=run.seed, accumulation=self.accumulation,
-                precision=self.precision, ceiling=CEILING, checkpoint=run.checkpoint, save_every=SAVE_EVERY, settings=agreed,
+                precision=self.precision, ceiling=self.ceiling(), checkpoint=run.checkpoint, save_every=SAVE_EVERY, settings=agreed,
                 callbacks=(*self.watchers(tuned), bar, *run.callbacks), **self.optimiser(),
             )  # fmt: skip
             return tuned.tensors()

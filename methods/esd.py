@@ -28,10 +28,11 @@ def target(null: Tensor, concept: Tensor, eta: float, start: Tensor | None = Non
 class ESD(LowRankMethod):
     """Erased Stable Diffusion (Gandikota et al., ICCV 2023), with its sets of weights x, u, full and selfattn.
 
-    States are partial samples of the concept's prompt, as in the original code, at the timestep that the sampler itself would take next
-    (the original draws one of the 20 around it). ``part`` is the paper's ESD-x by default, for styles and names; it takes ESD-u for
-    objects and nudity. The official code's later version has other semantics of η: see ``start``. A retain list, which the paper
-    has not, adds the squared distance to the base's predictions on retained phrases.
+    States are partial samples of the concept's prompt at the timestep that the sampler itself would take next, as in the authors' newer
+    code (the original tells the model a timestep 39 to 58 above the noise that is in its state). The empty prompt is what the pipeline
+    itself guides from, zeros on SDXL, where the authors encode "". ``part`` is the paper's ESD-x by default, for styles and names; it
+    takes ESD-u for objects and nudity. The official code's later version has other semantics of η: see ``start``. A retain list, which the
+    paper has not, adds the squared distance to the base's predictions on retained phrases.
     """
 
     name: ClassVar[str] = "esd"
@@ -49,8 +50,9 @@ class ESD(LowRankMethod):
 
     eta: OfPreset[float] = FROM_PRESET
     """Strength of the negative guidance, η."""
-    start: OfPreset[Literal["null", "concept", "anchor"]] = FROM_PRESET
-    """Where the guidance away starts: null (paper: η = 1), concept (the authors' newer code: η = 2 for the same), or the anchor."""
+    start: OfPreset[Literal["null", "concept", "anchor", "from"]] = FROM_PRESET
+    """Where the guidance away starts: null (paper: η = 1), concept (the authors' newer code: η = 2 for the same), or the anchor. from (that
+    code's erase_from): the anchor, whose prompt is then sampled and trained instead of the concept's, so that the anchor loses it."""
     states: OfPreset[Literal["edited", "base"]] = FROM_PRESET
     """Which model samples the states that it trains on: the one in training, as in the original code, or the base."""
     images: OfPreset[int] = FROM_PRESET
@@ -61,22 +63,28 @@ class ESD(LowRankMethod):
         if not -100 <= self.eta <= 100:
             raise ErasureError(f"esd: eta is {self.eta}; the paper's is 1, and more than 100 is no guidance")
 
+    def ceiling(self) -> float:
+        return super().ceiling() * max(1.0, self.eta**2)
+
     def objective(self, session: Session) -> Loss:
         pairs, kept = self.phrases(session.concepts), self.retained(session.concepts)
+        if self.start == "from" and not all(anchor for _, anchor in pairs):
+            raise ErasureError("esd: start=from erases the concept from its anchor: give the concept an anchor that is not empty")
         making: dict[str, Any] = {"steps": self.sampling_steps, "guidance": self.guidance, "batch": max(self.batch, 8), "whole": True}
-        base = session.pool([word for word, _ in pairs], self.images, **making) if self.states == "base" else None
+        asked = [anchor if self.start == "from" else word for word, anchor in pairs]
+        base = session.pool(asked, self.images, **making) if self.states == "base" else None
         others = session.pool(kept, self.images, **making) if kept and self.retain_scale else None
         of = session.denoising
 
         def loss(step: int, generator: torch.Generator) -> Tensor:
             if base is None:
-                x_t, t, some = self._edited(of, pairs, generator)
+                x_t, t, some = self._edited(of, asked, generator)
             else:
                 x_t, t, samples = base.state(self.batch, generator)
                 some = [base.sources[i] for i in samples]
             words, anchors = zip(*(pairs[i] for i in some), strict=True)
             wanted = self._targets(session, x_t, t, words, anchors)
-            total = (of.predict(x_t, t, words) - wanted).square().mean()
+            total = (of.predict(x_t, t, [asked[i] for i in some]) - wanted).square().mean()
             if others is not None:
                 x_t, t, some = others.state(self.batch, generator)
                 words = tuple(others.prompts[i] for i in some)
@@ -87,12 +95,12 @@ class ESD(LowRankMethod):
 
         return loss
 
-    def _edited(self, of: Denoising, pairs: list[tuple[str, str]], generator: torch.Generator) -> tuple[Tensor, Tensor, list[int]]:
-        """States of the model as it is by now, after a random number of steps, and which pairs they are of."""
-        some = torch.randint(len(pairs), (self.batch,), generator=generator).tolist()
+    def _edited(self, of: Denoising, prompts: list[str], generator: torch.Generator) -> tuple[Tensor, Tensor, list[int]]:
+        """States of the model as it is by now, after a random number of steps, and which prompts they are of."""
+        some = torch.randint(len(prompts), (self.batch,), generator=generator).tolist()
         seeds = torch.randint(2**31, (self.batch,), generator=generator).tolist()
         stop = int(torch.randint(self.sampling_steps, (), generator=generator))
-        x_t, t = of.states([pairs[i][0] for i in some], seeds, steps=self.sampling_steps, stop=stop, guidance=self.guidance)
+        x_t, t = of.states([prompts[i] for i in some], seeds, steps=self.sampling_steps, stop=stop, guidance=self.guidance)
         return x_t, t, some
 
     def _targets(self, session: Session, x_t: Tensor, t: Tensor, words: Sequence[str], anchors: Sequence[str]) -> Tensor:
@@ -103,5 +111,5 @@ class ESD(LowRankMethod):
                     return target(null, concept, self.eta)
                 case "concept":
                     return target(null, concept, self.eta, concept)
-                case "anchor":
+                case "anchor" | "from":
                     return target(null, concept, self.eta, session.denoising.predict(x_t, t, anchors))

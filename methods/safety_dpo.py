@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
@@ -13,12 +14,15 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 
+from erasure import tuning
 from erasure.canvas.judge_dev import judge_dev
 from erasure.canvas.world import world
 from erasure.concept import Concept
-from erasure.errors import ErasureError
+from erasure.errors import ErasureError, NothingAttached
+from erasure.families import Family
 from erasure.trained import FROM_PRESET, LowRankMethod, OfPreset, Session
 from erasure.training import Loss
+from erasure.tuning import Tuned
 
 log = logging.getLogger("erasure")
 JUDGE = "judge_dev"
@@ -31,9 +35,9 @@ def loss(
     """Diffusion DPO with the safe image preferred, -log σ(-(β/2) (m_θ - m_ref)), averaged over pairs [batch, ...] to a scalar.
 
     m is the mean squared error on the safe image less that on the unsafe one, each over all but the batch dimension. ``pred_*`` are
-    predictions of the model in training, ``ref_*`` those of the base, ``noise_*`` what should be predicted (v or flow where the model
-    predicts these). The authors take one noise and one timestep for both images. In float32 at least, since β multiplies a difference
-    of means. Source: Wallace et al., CVPR 2024, eq. 14; Liu et al., ICCV 2025, with β = 5000.
+    predictions of the model in training, ``ref_*`` those of the base (no gradient flows there), ``noise_*`` what should be predicted (v or
+    flow where the model predicts these). The authors take one noise and one timestep for both images. In float32 at least, since β
+    multiplies a difference of means. Source: Wallace et al., CVPR 2024, eq. 14; Liu et al., ICCV 2025, with β = 5000.
     """
     wide = torch.promote_types(pred_safe.dtype, torch.float32)
 
@@ -43,7 +47,7 @@ def loss(
     def margin(safe: Tensor, unsafe: Tensor) -> Tensor:
         return error(safe, noise_safe) - error(unsafe, noise_unsafe)
 
-    return -logsigmoid(-0.5 * beta * (margin(pred_safe, pred_unsafe) - margin(ref_safe, ref_unsafe))).mean()
+    return -logsigmoid(-0.5 * beta * (margin(pred_safe, pred_unsafe) - margin(ref_safe.detach(), ref_unsafe.detach()))).mean()
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ class SafetyDPO(LowRankMethod):
     For each seed the base draws the concept's prompt and the anchor's in the same template; a detector may look at both, and pairs whose
     first image lacks the concept, or whose second has it, are dropped. The concept's prompt is then taught to prefer the second. An
     expert is fitted for each category, and `erasure merge` makes one LoRA of several. The reference is the base with the adapter off.
-    The authors also mirror images at random, which is left out; their pairs are 16k prompts of a language model.
+    The authors also mirror images at random and encode them again, which is left out: latents are the sampler's own. Their pairs are 16k
+    prompts of a language model.
     """
 
     name: ClassVar[str] = "safety_dpo"
@@ -81,7 +86,7 @@ class SafetyDPO(LowRankMethod):
     rank: int | None = 4
     """Rank of the expert; None trains the weights themselves."""
     layers: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the layers that get a LoRA, or dotted parts of names."""
+    """Names of the layers that get a LoRA, or dotted parts of names; of these, the ones in ``part``."""
     images: OfPreset[int] = FROM_PRESET
     """Pairs that the base makes first, before any is dropped, and as many images of what is kept."""
     beta: OfPreset[float] = FROM_PRESET
@@ -104,6 +109,16 @@ class SafetyDPO(LowRankMethod):
                 f"safety_dpo: beta is {self.beta}, drop {self.drop}, warmup {self.warmup} and threshold {self.threshold}; give beta "
                 "above 0, drop from 0 to below 1, warmup from 0 on and threshold above 0 up to 1"
             )
+
+    def tuned(self, pipe: Any, family: Family, seed: int) -> AbstractContextManager[Tuned]:
+        inside = set(tuning.chosen(pipe, family, self.part))
+        names = [name for name in tuning.chosen(pipe, family, "full", self.layers) if name in inside]
+        if not names:
+            raise NothingAttached(f"safety_dpo: none of the layers {', '.join(self.layers)} is in the part {self.part!r}")
+        return tuning.weights(pipe, names) if self.rank is None else tuning.lora(pipe, names, self.rank, seed)
+
+    def ceiling(self) -> float:
+        return super().ceiling() * max(1.0, self.beta / 2)
 
     def optimiser(self) -> dict[str, Any]:
         return {"warmup": min(self.warmup, self.steps - 1), "weight_decay": 1e-2, "clip": 1.0}

@@ -23,10 +23,10 @@ def saliency_mask(gradients: Mapping[str, Tensor], keep: float) -> dict[str, Ten
 def saliency_mask(gradients: Tensor | Mapping[str, Tensor], keep: float) -> Tensor | dict[str, Tensor]:
     """True on the share ``keep`` of weights whose gradients are largest by size: bool, shaped as the gradients.
 
-    One threshold for all tensors of a mapping. Exactly int(keep n) weights are chosen, as in the released code; of equal ones the first.
-    Exact without sorting: counts of 16 bits each find the threshold, two in float32 and four in float64, in memory that does not depend
-    on n. Errors: a share outside 0..1 and gradients that are not finite raise. Source: Fan et al., ICLR 2024; the released code sorts all
-    weights, and until December 2023 it took those with the smallest gradients.
+    One threshold for all tensors of a mapping. Exactly int(keep n) weights are chosen, as in the released code, whose choice among equal
+    ones is arbitrary: here the first. Exact without sorting: counts of 16 bits each find the threshold, two in float32 and four in
+    float64, in memory that does not depend on n. Errors: a share outside 0..1 and gradients that are not finite raise. Source: Fan et al.,
+    ICLR 2024; the released code sorts all weights, and until December 2023 it took those with the smallest gradients.
     """
     if isinstance(gradients, Tensor):
         return saliency_mask({"": gradients}, keep)[""]
@@ -102,7 +102,7 @@ class SalUn(TrainedMethod):
     }  # fmt: skip
 
     keep: OfPreset[float] = FROM_PRESET
-    """Share of the part's weights that may move: those with the largest gradients."""
+    """Share of the part's weights that may move: those with the largest gradients. (The code ranks the whole UNet for any part.)"""
     mask_guidance: OfPreset[float] = FROM_PRESET
     """Guidance w in the loss whose gradients say which weights matter."""
     images: OfPreset[int] = FROM_PRESET

@@ -241,6 +241,12 @@ def test_a_retained_phrase_that_another_concept_erases_is_an_error() -> None:
         ESD(**QUICK).fit(sd1(), concepts)
 
 
+def test_a_retained_phrase_that_a_template_erases_is_an_error() -> None:
+    concept = Concept("dagger", retain=("A  dagger",))
+    with pytest.raises(ErasureError, match="the prompt 'a dagger' is erased and retained"):
+        ESD(**{**QUICK, "expand": True}).fit(sd1(), [concept])
+
+
 def test_a_pipeline_with_an_eraser_attached_is_no_base() -> None:
     pipe = sd1()
     with ESD(**QUICK).fit(pipe, [CONCEPT], run=Run(progress=False)).attach(pipe), pytest.raises(NotErased, match="detach it first"):

@@ -72,8 +72,9 @@ def parameters(pipe: Any, family: Family, part: TextPart, layers: Sequence[str])
         names = [name for name, _ in module.named_parameters() if _within(name, INSIDE[part]) and not _within(name, deaf)]
         found += [f"{encoder.component}.{name}" for name in names]
     if missing := [layer for layer in layers if not any(_within(name, (layer,)) for name in found)]:
+        known = f"({found[0]}, …)" if found else "(it has none)"
         raise NothingAttached(
-            f"{type(pipe).__name__} has no layer {missing[0]!r} among those that {part} trains in its CLIP encoders ({found[0]}, …)"
+            f"{type(pipe).__name__} has no layer {missing[0]!r} among those of its CLIP encoders that {part} trains {known}"
         )
     return [name for name in found if _within(name, layers)] if layers else found
 
@@ -84,4 +85,9 @@ def _deaf(blocks: int, layer: int) -> tuple[str, ...]:
 
 
 def _within(name: str, parts: Iterable[str]) -> bool:
-    return any(f".{part}." in f".{name}." for part in parts)
+    return any(f".{_bare(part)}." in f".{_bare(name)}." for part in parts)
+
+
+def _bare(name: str) -> str:
+    """A dotted name without the prefix that files have and models have by version."""
+    return name.removeprefix(ENCODER).replace(f".{ENCODER}", ".")

@@ -58,17 +58,19 @@ class AdvUnlearn(TrainedMethod):
     part: OfPreset[TextPart | Part] = FROM_PRESET  # type: ignore[assignment]
     """What is trained: text (all blocks of the CLIP encoders), text_attn, text_mlp; or of the denoiser kv, x, u, full, selfattn."""
     strategy: Strategy = "prefix"
-    """Where the attack acts: on new tokens before or behind the prompt, in the place of its first other words, or on the concept's own."""
+    """Where the attack acts: on new tokens before or behind the prompt, in the place of its first other words (with the concept's alone,
+    before it), or on the concept's own."""
     tokens: int = 1
     """New tokens of the attack, k; add has none."""
     attack_steps: OfPreset[int] = FROM_PRESET
-    """Steps of the attack; 1 is the fast attack."""
+    """Steps of the attack; 1 is the fast attack, which wants an attack_lr near radius / √dim to go as far as the radius."""
     attack_lr: OfPreset[float] = FROM_PRESET
     """Size of an attack step in each entry of a token embedding, whose deviation is about 0.01 in SD 1.5."""
     radius: OfPreset[float] = FROM_PRESET
     """Length that a prompt's perturbation may have; token embeddings of SD 1.5 have about 0.4."""
     attack_states: OfPreset[Literal["fresh", "same"]] = FROM_PRESET
-    """Whether each attack step looks at another noise level (paper), or at the state that the model is trained on."""
+    """Whether each attack step looks at another state on the way to the same image (paper: of other noise, too), or at the one that the
+    model is trained on."""
     warmup: OfPreset[int] = FROM_PRESET
     """Steps at clean prompts before the first attack."""
     eta: OfPreset[float] = FROM_PRESET
@@ -156,7 +158,8 @@ class AdvUnlearn(TrainedMethod):
                 x_t, t = view.elsewhere(generator)
                 with session.tuned.reference():
                     concept = of.predict(x_t, t, prompts)
-            error = (of.predict(x_t, t, reader.encode(prompts, (slots, delta))) - concept).square().flatten(1).mean(1).sum()
+            error = (of.predict(x_t, t, reader.encode(prompts, (slots, delta))) - concept).square().sum()
+            error = error * concept[0].numel() ** -0.5  # a mean's gradients are zero in float16 on large latents; signs are those of any
             gradients = torch.autograd.grad(error, list(delta.values()))
             delta = {
                 component: attack_step(each.detach(), gradient, self.attack_lr, self.radius).requires_grad_()

@@ -189,6 +189,7 @@ def test_blocks_that_nothing_reads_are_left_out_and_a_layer_that_is_nowhere_rais
     assert any(name.startswith("text_encoder_2.text_model.encoder.layers.1.") for name in names)
     only = fit(sd1(), layers=("encoder.layers.0",)).changed
     assert only and all(".layers.0." in name for name in only)
+    assert only.keys() == fit(sd1(), layers=("text_encoder.text_model.encoder.layers.0",)).changed.keys(), "as files name it"
     with pytest.raises(NothingAttached, match="no layer 'attn2'"):
         fit(sd1(), layers=("attn2",))
     for wrong in ({"radius": 0.0}, {"attack_steps": 0}, {"eta": 1e9}, {"tokens": 0}):

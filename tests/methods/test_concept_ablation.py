@@ -105,3 +105,40 @@ def test_several_concepts_each_in_their_templates() -> None:
     assert ("a cat in the style of van gogh", "a cat in the style of painting") in pairs and ("a cat of ours", "a cat") in pairs
     assert len(pairs) == 15 and {anchor for word, anchor in pairs if "dog" in word} == {""}
     assert ConceptAblation(expand=False).phrases([style]) == [("van gogh", "painting")]
+
+
+def test_the_loss_is_float32_where_half_precision_would_overflow() -> None:
+    far = torch.full((1, 4, 2, 2), 300.0, dtype=torch.float16)
+    assert concept_ablation.loss(far, torch.zeros_like(far)).item() == 90000.0
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_start_token_may_be_left_without_gradient(rank: int | None) -> None:
+    pipe = sd1()
+
+    def trained(cut: bool) -> dict[str, Tensor]:
+        eraser = ConceptAblation.from_config({**QUICK, "cut_start": cut, "rank": rank}).fit(pipe, [CONCEPT], run=Run(progress=False))
+        return dict(eraser.changed if isinstance(eraser, WeightEraser) else eraser.factors)
+
+    cut, whole = trained(True), trained(False)
+    assert cut.keys() == whole.keys() and any((cut[name] - whole[name]).abs().max() > 1e-4 for name in cut)
+
+
+def test_what_is_cut_is_the_start_tokens_gradient_and_nothing_else() -> None:
+    """By hand: with keys and values of the first token taken as given, the same gradients; the values of the layer stay."""
+    layer, context = torch.nn.Linear(4, 3, bias=False).double(), torch.randn(2, 5, 4, dtype=torch.float64)
+    given, pull = torch.randn(2, 5, 3, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
+    for row in range(2):
+        for token in range(1, 5):
+            pull += torch.outer(given[row, token], context[row, token])
+    with layer.register_forward_hook(concept_ablation._without_start):
+        output = layer(context)
+        (output * given).sum().backward()
+    assert torch.equal(output, layer(context))
+    torch.testing.assert_close(layer.weight.grad, pull)
+
+
+def test_the_papers_preset_has_no_prior_and_cuts_the_start_token() -> None:
+    paper, ours = ConceptAblation(), ConceptAblation(preset="canvas")
+    assert (paper.retain_scale, paper.cut_start, paper.lr, paper.batch) == (0.0, True, 1.6e-5, 8)
+    assert (ours.retain_scale, ours.cut_start) == (2.0, False)

@@ -10,6 +10,7 @@ from erasure.adapter import AdapterEraser
 from erasure.concept import Concept
 from erasure.denoising import Denoising
 from erasure.diffusion import Schedule
+from erasure.errors import ErasureError
 from erasure.families import family_of
 from erasure.method import Run, WeightEraser
 from erasure.methods import esd
@@ -130,3 +131,24 @@ def test_its_lora_is_a_file_that_plain_diffusers_loads(tmp_path: Any) -> None:
     other.load_lora_weights(tmp_path / "out")
     torch.testing.assert_close(latents(other, TARGET), erased, atol=1e-4, rtol=1e-3)
     assert (erased - latents(sd1(), TARGET)).norm() > 0.02 * erased.norm()
+
+
+def test_from_erases_the_concept_out_of_its_anchor() -> None:
+    """The authors' erase_from: at the anchor's prompt the model comes to predict anchor - η (concept - null)."""
+    pipe, of = sd1(), Denoising(sd1(), family_of(sd1()), 16)
+    method = ESD.from_config({**QUICK, "part": "full", "steps": 40, "lr": 2e-3, "states": "base", "images": 1, "eta": 1.0, "start": "from"})
+    seed = int(torch.randint(2**31, (1,), generator=torch.Generator().manual_seed(0)))
+    path, timesteps = of.paths(["cat"], [seed], steps=2, guidance=3.0)
+    x_t, t = path[:, 1], timesteps[1:]
+    with torch.no_grad():
+        null, concept, anchor = (of.predict(x_t, t, [text]) for text in ("", "dagger", "cat"))
+        wanted = esd.target(null, concept, 1.0, anchor)
+        with method.fit(pipe, [Concept("dagger", anchors=("cat",))], run=Run(progress=False)).attach(pipe):
+            edited = Denoising(pipe, family_of(pipe), 16).predict(x_t, t, ["cat"])
+    assert (edited - wanted).norm() < 0.7 * (anchor - wanted).norm()
+    with pytest.raises(ErasureError, match="anchor that is not empty"):
+        method.fit(pipe, [Concept("dagger")], run=Run(progress=False))
+
+
+def test_a_strong_eta_is_not_taken_for_divergence() -> None:
+    assert ESD(eta=100.0).ceiling() == 1e4 * ESD().ceiling()

@@ -126,3 +126,21 @@ def test_the_canvas_judge_looks_for_the_targets_of_the_concept() -> None:
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ErasureError):
         SafetyDPO.from_config({**QUICK, **wrong}).fit(sd1(), [CONCEPT], run=Run(progress=False))
+
+
+def test_no_gradient_flows_into_the_reference() -> None:
+    safe, unsafe, ref_safe, ref_unsafe = (rand(seed).requires_grad_() for seed in range(4))
+    safety_dpo.loss(safe, unsafe, ref_safe, ref_unsafe, rand(4), rand(5), 5.0).backward()
+    assert safe.grad is not None and unsafe.grad is not None and ref_safe.grad is None and ref_unsafe.grad is None
+
+
+@pytest.mark.parametrize(("part", "inside"), [("selfattn", ".attn1."), ("kv", ".attn2.to_")])
+def test_layers_are_those_of_the_part(part: Any, inside: str) -> None:
+    eraser = SafetyDPO.from_config({**QUICK, "part": part}).fit(sd1(), [CONCEPT], run=Run(progress=False))
+    assert isinstance(eraser, AdapterEraser) and all(inside in name for name in eraser.factors)
+    with pytest.raises(ErasureError, match=r"none of the layers to_out\.0 is in the part 'kv'"):
+        SafetyDPO.from_config({**QUICK, "part": "kv", "layers": ("to_out.0",)}).fit(sd1(), [CONCEPT], run=Run(progress=False))
+
+
+def test_a_large_beta_is_not_taken_for_divergence() -> None:
+    assert SafetyDPO(beta=1e6).ceiling() == 5e8 and SafetyDPO(beta=1.0).ceiling() == 1e3
