@@ -57,8 +57,8 @@ def co_merge(experts: Factors, pipe: Any, concepts: Sequence[Concept]) -> Merged
     return merging.merge(experts, "co-merge", wins=merging.count_wins(pipe, experts, prompts, steps=STEPS))
 
 
-def ties(density: float) -> Callable[..., Merged]:
-    return lambda experts, pipe, concepts: merging.merge(experts, "ties", density=density)
+def ties(density: float, trim: merging.Trim = "layer") -> Callable[..., Merged]:
+    return lambda experts, pipe, concepts: merging.merge(experts, "ties", density=density, trim=trim)
 
 
 RULES: dict[str, Callable[..., Merged]] = {
@@ -69,8 +69,9 @@ RULES: dict[str, Callable[..., Merged]] = {
     "average, cut": cut,
     "ties, density 0.1": ties(0.1),
     "ties, density 0.5": ties(0.5),
+    "ties, vector, density 0.2": ties(0.2, "vector"),
 }
-"""By their order in time; the sum is what `merging.added` gives, which the command line has not."""
+"""By their order in time; the last is TIES as the paper has it."""
 
 
 def calls(pipe: Any, asked: Asked) -> list[list[bool]]:

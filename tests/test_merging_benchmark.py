@@ -93,6 +93,11 @@ def test_the_rules_are_those_of_the_library(bench: Any) -> None:
     deltas = torch.stack([change(each) for each in two])
     for density in (0.1, 0.3, 0.5):
         torch.testing.assert_close(change(found[f"ties, density {density}"][0]), merging.ties(deltas, density), atol=1e-5, rtol=0)
+    with_a_small_layer = [each | {name.replace("to_k", "to_v"): 1e-3 * tensor for name, tensor in each.items()} for each in two]
+    vector, _ = bench.RULES["ties, vector, density 0.2"](with_a_small_layer, None, ())
+    assert (
+        sum(int(tensor.any()) for name, tensor in vector.items() if "to_v" in name) == 0 and list(found)[-1] == "ties, vector, density 0.2"
+    )
 
 
 def put(bench: Any, folder: Path) -> Any:

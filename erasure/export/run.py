@@ -103,7 +103,8 @@ def _write(form: str, eraser: Eraser, pipe: Any, partial: Partial, name: str, co
             notes = lora.write(eraser, new, pipe, partial.path, name, options.rank, options.error, dtype)
         case _:
             notes = single.write(new, pipe, partial.path, name, config, dtype)
-    limit = lora.DEVIATION if form == "lora" else EXACT if dtype == torch.float32 else HALF
+    exact = EXACT if dtype == torch.float32 else HALF
+    limit = lora.DEVIATION if form == "lora" and not isinstance(eraser, AdapterEraser) else exact
     for what, read_back in notes.checks.items():
         share = reference.deviation(read_back)
         if not share <= limit:

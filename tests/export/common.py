@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from erasure import artifact
 from erasure.concept import Concept
 from erasure.families import TABLE
 from erasure.method import ErasureMethod, Run, WeightEraser
+from tests import tiny
 from tests.stand_ins import RandomLoRA
 from tests.tiny import latents
 
@@ -78,6 +80,21 @@ def same(pipe: Any, before: dict[str, Tensor]) -> bool:
     return after.keys() == before.keys() and all(torch.equal(value, before[key]) for key, value in after.items())
 
 
+def sdxl() -> Any:
+    """The tiny SDXL with the real one's blocks: those that its original names count, and that their readers expect."""
+    pipe = tiny.sdxl()
+    blocks = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 2,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe.register_modules(unet=UNet2DConditionModel.from_config(pipe.unet.config, **blocks).eval())
+    return pipe
+
+
+FAMILIES = tiny.FAMILIES | {"sdxl": sdxl}
 KINDS = {"weights": LowRank(encoder=True), "adapter": RandomLoRA(layers="attn", encoders=True, size=0.05)}
 
 

@@ -20,7 +20,7 @@ from erasure.export import lora as lora_format
 from erasure.lora import LORA
 from erasure.registry import methods
 from tests import tiny
-from tests.export.common import KINDS, PROMPT, LowRank, near, same, save, state
+from tests.export.common import FAMILIES, KINDS, PROMPT, LowRank, near, same, save, sdxl, state
 from tests.stand_ins import RandomLoRA
 from tests.tiny import latents
 
@@ -67,7 +67,7 @@ def test_delta_is_applied_by_its_documented_snippet(family: str, kind: str, tmp_
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sd3", "flux"])
 def test_lora_holds_a_change_of_its_rank_exactly(family: str, tmp_path: Path) -> None:
-    pipe = tiny.FAMILIES[family]()
+    pipe = FAMILIES[family]()
     folder, wanted = save(LowRank(encoder=True, convolutions=family in ("sd1", "sdxl")), pipe, tmp_path / "artefact")
     base, before = latents(pipe, PROMPT), state(pipe)
     report = export(folder, pipe, tmp_path / "out", "lora", Options(rank=2))
@@ -75,7 +75,7 @@ def test_lora_holds_a_change_of_its_rank_exactly(family: str, tmp_path: Path) ->
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert files == (["out-webui.safetensors", LORA] if family in lora_format.WEB else [LORA])
     for options in ({}, *({"weight_name": name} for name in files)):
-        plain = tiny.FAMILIES[family]()
+        plain = FAMILIES[family]()
         plain.load_lora_weights(str(tmp_path / "out"), **options)
         near(latents(plain, PROMPT), wanted, base, 0.01)
         plain.fuse_lora(components=list(plain.get_list_adapters()))
@@ -118,25 +118,48 @@ def test_no_other_matrix_of_the_rank_is_nearer(rows: int, columns: int, rank: in
 
 def test_ranks_that_differ_load_right_from_both_files(tmp_path: Path) -> None:
     """Diffusers takes the most common alpha of a kohya file for every layer, and web UIs take each layer's own: both must be right."""
-    pipe = tiny.sdxl()
+    pipe = sdxl()
     folder, wanted = save(RandomLoRA(encoders=True, size=0.05), pipe, tmp_path / "artefact")
     report = export(folder, pipe, tmp_path / "out", "lora")
     assert report["rank"] == [2, 3]
     web, ours = load_file(tmp_path / "out/out-webui.safetensors"), load_file(tmp_path / "out" / LORA)
     assert len({float(t) for key, t in web.items() if key.endswith(".alpha")}) == 1
-    prefixes = {"lora_unet": "unet", "lora_te1": "text_encoder"}
     for key, a in ours.items():
-        if not key.endswith("lora_A.weight"):
-            continue
-        layer = key.removesuffix(".lora_A.weight")
-        part = layer.partition(".")[0]
-        stem = next(new for new, old in prefixes.items() if old == part) + "_" + layer.partition(".")[2].replace(".", "_")
-        down, up, alpha = web[f"{stem}.lora_down.weight"], web[f"{stem}.lora_up.weight"], float(web[f"{stem}.alpha"])
-        torch.testing.assert_close(alpha / len(down) * up @ down, ours[f"{layer}.lora_B.weight"] @ a)  # as web UIs reckon
-    plain = tiny.sdxl()
+        if key.endswith("lora_A.weight"):
+            layer = key.removesuffix(".lora_A.weight")
+            stem = lora_format._original(pipe.unet, key).removesuffix(".lora_A.weight").replace(".", "_")
+            stem = f"lora_{stem.replace('text_encoder', 'te1')}"
+            down, up, alpha = web[f"{stem}.lora_down.weight"], web[f"{stem}.lora_up.weight"], float(web[f"{stem}.alpha"])
+            torch.testing.assert_close(alpha / len(down) * up @ down, ours[f"{layer}.lora_B.weight"] @ a)  # as web UIs reckon
+    plain = sdxl()
     base = latents(plain, PROMPT)
     plain.load_lora_weights(str(tmp_path / "out"), weight_name="out-webui.safetensors")
     near(latents(plain, PROMPT), wanted, base, 0.01)
+
+
+def test_every_linear_layer_of_sdxl_comes_back_from_the_web_uis_file(tmp_path: Path) -> None:
+    """Among them those of add_embedding, whose diffusers name no reader of such files knows."""
+    pipe = sdxl()
+    folder, _ = save(RandomLoRA(layers="", encoders=True, size=0.02), pipe, tmp_path / "artefact")
+    report = export(folder, pipe, tmp_path / "out", "lora")
+    web = load_file(tmp_path / "out/out-webui.safetensors")
+    assert {"lora_unet_label_emb_0_0.alpha", "lora_unet_label_emb_0_2.alpha"} < web.keys()
+    assert max(report["deviation"].values()) < 1e-3
+
+
+def test_a_small_rank_beside_a_large_one_is_still_normal_in_half_precision() -> None:
+    layer, other = (f"unet.{block}.attentions.0.transformer_blocks.0.attn2.to_k" for block in ("mid_block", "down_blocks.0"))
+    draw = torch.Generator().manual_seed(0)
+    shapes = {layer: (8, 1, 16), other: (1024, 1024, 1024)}
+    factors = {}
+    for name, (out, rank, width) in shapes.items():
+        factors[f"{name}.lora_A.weight"] = 0.01 * torch.randn(rank, width, generator=draw)
+        factors[f"{name}.lora_B.weight"] = 0.01 * torch.randn(out, rank, generator=draw)
+    web = lora_format.web_names({key: tensor.half() for key, tensor in factors.items()}, tiny.sd1())
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    made = float(web[f"{stem}.alpha"]) * web[f"{stem}.lora_up.weight"].double() @ web[f"{stem}.lora_down.weight"].double()
+    wanted = factors[f"{layer}.lora_B.weight"].double() @ factors[f"{layer}.lora_A.weight"].double()
+    assert float((made - wanted).norm() / wanted.norm()) < 1e-3
 
 
 def test_a_lora_eraser_is_exported_as_its_own_file(tmp_path: Path) -> None:

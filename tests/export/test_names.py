@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from erasure.errors import ErasureError
-from erasure.export import export, original
+from erasure.export import export, lora, original
 from erasure.export.full import file_key, plain_tokenizer, prefix_encoder
 from tests import tiny
 from tests.export.common import LowRank, save
@@ -73,6 +73,21 @@ def test_the_names_of_a_full_unet_are_those_of_the_releases(size: str, config: d
     assert back.keys() == ours.keys() and all(back[key].shape == ours[key].shape for key in ours)
     for key, name in SAMPLES[size].items():
         assert back[key] is named[f"{original.UNET}{name}"], key
+
+
+def test_a_lora_of_a_full_sdxl_has_the_names_of_the_release() -> None:
+    """A1111 looks a layer up by its name in the checkpoint where its table of diffusers' names has none, or a wrong one."""
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**XL)
+    layers = [name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
+    named = {
+        name: lora._original(unet, f"unet.{name}.lora_A.weight").removeprefix("unet.").removesuffix("lora_A.weight") for name in layers
+    }
+    theirs = original._renamed(unet, dict(original.unet_layers(unet)), "")
+    assert len(set(named.values())) == len(layers) == 794 and all(f"{name}weight" in theirs for name in named.values())
+    assert all(f"{named[key.removesuffix('.weight')]}weight" == name for key, name in SAMPLES["sdxl"].items() if "norm" not in key)
+    with pytest.raises(ErasureError, match=r"know no layer of unet\.adapter\.lora_A\.weight"):
+        lora._original(unet, "unet.adapter.lora_A.weight")
 
 
 def test_the_names_of_a_full_vae_are_those_of_the_releases() -> None:

@@ -138,6 +138,22 @@ def test_an_output_that_does_not_erase_is_not_kept(
     nothing_left(tmp_path)
 
 
+def test_a_lora_eraser_has_to_come_back_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a cut may lose is no measure for a file that is exported as it is: a layer left out is a fault."""
+    pipe = tiny.sd1()
+    folder, _ = save(RandomLoRA(size=0.05), pipe, tmp_path / "artefact")
+    real = lora_format.web_names
+
+    def without_a_layer(factors: Any, pipe: Any) -> Any:
+        named = real(factors, pipe)
+        return {key: tensor for key, tensor in named.items() if "mid_block" not in key}
+
+    monkeypatch.setattr(lora_format, "web_names", without_a_layer)
+    with pytest.raises(ArtifactError, match=r"out-webui\.safetensors .* differs .* by \d\.\d% .*layers do not come back.*--format full"):
+        export(folder, pipe, tmp_path / "out", "lora")
+    nothing_left(tmp_path)
+
+
 def test_a_full_folder_that_lost_the_edit_is_not_kept(made: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def idle(pipe: Any, tensors: Any) -> Any:
