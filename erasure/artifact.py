@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import distributed
 
 from . import __version__, canary, fingerprint, lora
 from .adapter import AdapterEraser
@@ -30,8 +31,32 @@ def save(eraser: Eraser, folder: str | Path, *, pipe: Any, base_id: str, seed: i
     """Write ``eraser`` as an artefact, atomically: state, configuration with hashes, fingerprint and canary, and a model card.
 
     ``pipe`` is the base that it was fitted on, unattached; a canary that does not move there is an error, and nothing is written.
+    Processes that trained together all call this: the first one writes, and the others wait for it.
     """
     folder = Path(folder)
+    _by_first(lambda: _save(eraser, folder, pipe, base_id, seed, cost))
+    return folder
+
+
+def _by_first(write: Callable[[], None]) -> None:
+    """Of a group of processes the first one writes, and the others wait, and fail if it does; a process on its own writes."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return write()
+    problem: Exception | None = None
+    if distributed.get_rank() == 0:
+        try:
+            write()
+        except Exception as error:
+            problem = error
+    said = [problem and f"{type(problem).__name__}: {problem}"]
+    distributed.broadcast_object_list(said)
+    if problem:
+        raise problem
+    if said[0]:
+        raise ArtifactError(f"the first process did not save the artefact: {said[0]}")
+
+
+def _save(eraser: Eraser, folder: Path, pipe: Any, base_id: str, seed: int, cost: Mapping[str, float] | None) -> None:
     check_target(folder)
     if vars(pipe).get("_erasers"):
         raise Conflict("an eraser is attached to the pipeline; take it off before saving, since fingerprint and canary describe the base")
@@ -43,7 +68,6 @@ def save(eraser: Eraser, folder: str | Path, *, pipe: Any, base_id: str, seed: i
         _replace(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def check_target(folder: Path) -> None:

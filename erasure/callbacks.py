@@ -1,16 +1,19 @@
 """What a training run can do beside training: show its progress, average its weights, measure itself and stop when that is enough."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .canvas.splits import splits
+from .errors import ErasureError
 from .training import Callback, Training
 
 
@@ -77,9 +80,10 @@ class Ema(Callback):
 
 @dataclass
 class Validate(Callback):
-    """Call ``measure`` (less is better: the share of images in which judge_dev sees the target, say) every so many steps.
+    """Call ``measure`` (less is better: `Shown`, say) every so many steps.
 
     Stops at ``goal``, or after ``patience`` measurements without a new best; the run ends with the weights of the best one.
+    NaN is the worst. Of several processes, which may differ in the last digits, the first one's measurement counts.
     Put it after an Ema, given as ``ema``, to measure and keep the averages.
     """
 
@@ -109,7 +113,8 @@ class Validate(Callback):
 
     @torch.no_grad()
     def _measure(self, run: Training) -> None:
-        value = float(self.measure())
+        [value] = broadcast_object_list([float(self.measure())])
+        value = math.inf if math.isnan(value) else value
         if not self.values or value < min(self.values.values()):
             self.best = {name: weight.detach().clone() for name, weight in run.weights.items()}
         self.values[run.step] = value
@@ -126,3 +131,59 @@ class Validate(Callback):
         steps, values = state["values"].tolist() if state["values"].numel() else ([], [])
         self.values = {int(step): value for step, value in zip(steps, values, strict=True)}
         self.best = {name.removeprefix("best."): tensor for name, tensor in state.items() if name != "values"}
+
+
+Sees = Callable[[Tensor], Tensor]
+"""Which of images [n, 3, height, width] in 0..1 show a concept, bool [n]."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A measure for `Validate`: the share of images that show a concept, drawn by the pipeline as it is trained so far."""
+
+    pipe: Any
+    prompts: Sequence[str]
+    """What brought the concept before; they take turns."""
+    sees: Sees
+    """`judged`, or any other function that looks at images."""
+    suite: str
+    """Whose sampler, steps, guidance and size the images are drawn with: "canvas", or "coco-3k" for SD 1.5."""
+    steps: int | None = None
+    """Sampling steps, instead of the suite's."""
+    n: int = 20
+    """Images. Their seeds are always the same ones, which the canvas's suites do not use."""
+    batch: int = 10
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str) or not self.prompts or self.n < 1:
+            raise ErasureError("Shown needs a list of prompts, and at least one image")
+
+    def __call__(self) -> float:
+        from erasure.eval.generate import draw, under
+        from erasure.eval.rows import Row
+        from erasure.eval.suite import load_suite
+
+        changes = {"dtype": str(self.pipe.dtype).removeprefix("torch."), **({} if self.steps is None else {"steps": self.steps})}
+        protocol = load_suite(self.suite).fitting(self.pipe).under(**changes).protocol
+        seeds = splits().seeds("dev")[: self.n]
+        rows = [Row(str(seed), "named", self.prompts[i % len(self.prompts)], seed) for i, seed in enumerate(seeds)]
+        parts = [rows[i : i + self.batch] for i in range(0, self.n, self.batch)]
+        with under(self.pipe, protocol):
+            seen = torch.cat([torch.as_tensor(self.sees(draw(self.pipe, part, protocol))) for part in parts])
+        if seen.shape != (self.n,) or seen.dtype != torch.bool:
+            raise ErasureError(f"{self.sees} has to say bool [{self.n}] of {self.n} images, and said {seen.dtype} {list(seen.shape)}")
+        return int(seen.sum()) / self.n
+
+
+def judged(concept: str) -> Sees:
+    """Whether judge_dev sees an object, style or category of the canvas, in images of the embedded models."""
+    from erasure.canvas.judge_dev import judge_dev
+    from erasure.eval.subjects import subject
+
+    of, judge = subject(concept), judge_dev()
+
+    def sees(images: Tensor) -> Tensor:
+        verdict = judge(images)
+        return of.seen(verdict, ~verdict.unrecognised)
+
+    return sees

@@ -4,7 +4,6 @@ A method gives named parameters and a loss; whatever it draws comes from the gen
 anywhere and called again ends with the weights of an unbroken one. What else a run does is a callback (callbacks.py).
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +13,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, reduce
+from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor
 
-from .checkpoint import Checkpoint
+from .checkpoint import NOTHING_LEFT, Checkpoint, digest
 from .errors import ErasureError
 
 CHECKPOINT = "training.safetensors"
@@ -36,11 +35,14 @@ class Diverged(ErasureError):
 class Callback:
     """Something that watches a run. One whose state is not empty takes part in checkpoints, and its repr in what must agree on resume."""
 
+    def __repr__(self) -> str:
+        return type(self).__name__  # that of object would be another in each process
+
     def start(self, run: "Training") -> None:
         """Before the first step, or the first after a resume; ``load`` comes later."""
 
     def step(self, run: "Training") -> None:
-        """After an optimiser step; ``run.stop`` set to a reason makes it the last."""
+        """After an optimiser step; ``run.stop`` set to a reason, by one process or all, makes it the last."""
 
     def end(self, run: "Training") -> None:
         """After the last step."""
@@ -84,6 +86,11 @@ class Training:
             if parameter is not self.weights[name]:
                 parameter.copy_(self.weights[name])
 
+    def share(self) -> None:
+        """The weights of the first process to all."""
+        if PartialState().num_processes > 1:
+            self.write({name: broadcast(weight.detach().clone()) for name, weight in self.weights.items()})  # type: ignore[misc]
+
     def reach(self, weights: Sequence[Tensor]) -> float:
         """How far Adam now moves some weights for each unit of their gradient: lr over the root of their mean second moment."""
         [group] = self.optimiser.param_groups
@@ -98,6 +105,10 @@ class Training:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = None
             self.weights[name].grad = reduce(gradient.to(self.weights[name].dtype), "mean")  # type: ignore[assignment]
+
+    def agree(self) -> None:
+        """Stop in all processes where one of them stops."""
+        self.stop = next(filter(None, gather_object([self.stop])), "")
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,7 @@ def train(
     A step averages ``accumulation`` micro-batches a process; one process with two of them draws what two processes with one draw.
     ``checkpoint``: folder of the state, written every ``save_every`` steps and at the end; a later call with equal settings goes on from
     there, and one with others (``settings``: whatever else must agree) raises. ``ceiling``: loss above which a run counts as diverged.
-    Errors: a loss or gradient that is not finite, or over the ceiling, raises Diverged with its step; the last checkpoint stays.
+    Errors: a loss or gradient that is not finite, or over the ceiling, raises Diverged with its step; the last good checkpoint stays.
     """
     if not parameters:
         raise ErasureError("there is nothing to train: no parameter was chosen")
@@ -149,7 +160,6 @@ def train(
     if precision != "fp16" and any(parameter.dtype == torch.float16 for parameter in parameters.values()):
         raise ErasureError("float16 weights lose small gradients: load the base in float32 or bfloat16, or train with precision fp16")
     began, device = time.perf_counter(), next(iter(parameters.values())).device
-    process = PartialState(cpu=device.type == "cpu")
     run = _run(parameters, steps)
     moved: Any = run.weights.values()
     if momentum is None:
@@ -157,15 +167,17 @@ def train(
     else:
         run.optimiser = torch.optim.SGD(moved, lr=lr, momentum=momentum, weight_decay=weight_decay)
     optimiser = run.optimiser
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16" and device.type == "cuda")  # type: ignore[attr-defined]
+    process = PartialState(cpu=device.type == "cpu")  # after torch.optim, whose first use imports what holds a group that is open for good
+    run.share()
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")  # type: ignore[attr-defined]
     for callback in callbacks:
         callback.start(run)
     agreed = {
         "steps": steps, "lr": lr, "seed": seed, "batch": accumulation * process.num_processes, "warmup": warmup, "schedule": schedule,
         "weight_decay": weight_decay, "betas": list(betas), "momentum": momentum, "clip": clip, "precision": precision,
-        "start": _digest(run.weights), "callbacks": [repr(c) for c in callbacks if c.state()], **(settings or {}),
+        "start": digest(run.weights), "callbacks": [repr(c) for c in callbacks if c.state()], **(settings or {}),
     }  # fmt: skip
-    saved = Checkpoint(checkpoint / CHECKPOINT, agreed, run, optimiser, scaler, callbacks) if checkpoint else None
+    saved = Checkpoint(checkpoint / CHECKPOINT, agreed, run, scaler, callbacks) if checkpoint else None
     resumed = saved.load() if saved else 0
     skipped = 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -186,8 +198,10 @@ def train(
             skipped = skipped + 1 if scaler.is_enabled() and not norm.isfinite() else 0
             if not value <= ceiling or value == -math.inf or not (norm.isfinite() or 0 < skipped <= SKIPS):
                 what = f"a loss of {value:g}" if not math.isfinite(value) or value > ceiling else "a gradient that is not finite"
-                kept = f"the last good state, of step {saved.step}, is in {saved.path}" if saved and saved.step else "no state was saved"
-                raise Diverged(f"training diverged at step {run.step + 1} of {steps}, with {what}; try a smaller lr than {lr:g} ({kept})")
+                left = saved.left if saved else NOTHING_LEFT
+                raise Diverged(f"training diverged at step {run.step + 1} of {steps}, with {what}; try a smaller lr than {lr:g} ({left})")
+            if saved:
+                saved.keep()
             scaler.step(optimiser)
             scaler.update()
             optimiser.zero_grad(set_to_none=True)
@@ -195,8 +209,11 @@ def train(
             run.losses.append(value)
             for callback in callbacks:
                 callback.step(run)
-            if saved and (run.step % save_every == 0 or run.step == steps or run.stop) and process.is_main_process:
+            run.agree()
+            if saved and (run.step % save_every == 0 or run.step == steps or run.stop):
                 saved.save()
+    if saved:
+        saved.keep()
     for callback in callbacks:
         callback.end(run)
     return TrainLog(tuple(run.losses), time.perf_counter() - began, resumed, run.stop)
@@ -206,13 +223,10 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _run(parameters: Mapping[str, Tensor], steps: int) -> Training:
-    """Masters of half-precision parameters, and equal weights on all processes."""
+    """A run on masters of half-precision parameters."""
     live = {name: parameter.requires_grad_() for name, parameter in parameters.items()}
     weights = {n: p if p.dtype in (torch.float32, torch.float64) else p.detach().float().requires_grad_() for n, p in live.items()}
-    run = Training(steps, live, weights)
-    if PartialState().num_processes > 1:
-        run.write({name: broadcast(weight.detach().clone()) for name, weight in weights.items()})  # type: ignore[misc]
-    return run
+    return Training(steps, live, weights)
 
 
 def factor(step: int, steps: int, warmup: int, schedule: str) -> float:
@@ -228,13 +242,3 @@ def _generator(seed: int, index: int) -> torch.Generator:
     number = (seed * 1_000_000_007 + index) % 2**63
     torch.manual_seed(number)
     return torch.Generator().manual_seed(number)
-
-
-@torch.no_grad()
-def _digest(weights: Mapping[str, Tensor]) -> str:
-    """What a run starts from: names, shapes, and 16 entries of each tensor."""
-    found = hashlib.sha256()
-    for name, weight in weights.items():
-        entries = weight.flatten()[:: max(weight.numel() // 16, 1)].float().cpu()
-        found.update(f"{name} {tuple(weight.shape)}".encode() + entries.numpy().tobytes())
-    return found.hexdigest()[:16]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import distributed
 
 import erasure
 from erasure import artifact, canary, fingerprint
@@ -359,3 +360,30 @@ def test_the_canary_is_measured_alike_in_half_precision(pipe: Any) -> None:
     for method in METHODS.values():
         full = canary.measure(pipe, method.fit(pipe, [CONCEPT]))["delta"]
         assert canary.measure(half, method.fit(half, [CONCEPT]))["delta"] == pytest.approx(full, rel=0.05)
+
+
+def test_of_a_group_of_processes_the_first_writes_and_the_others_wait_and_fail_with_it(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str | None] = []
+
+    def broadcast(values: list[str | None]) -> None:
+        said.append(values[0])
+        values[0] = told
+
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "broadcast_object_list", broadcast)
+    eraser = UCE().fit(pipe, [CONCEPT])
+    told = ""
+    for rank in (1, 0):
+        monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+        assert artifact.save(eraser, tmp_path / "out", pipe=pipe, base_id="tiny") == tmp_path / "out"
+        assert (tmp_path / "out" / CONFIG).exists() is (rank == 0)
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match="file is a file"):
+        artifact.save(eraser, tmp_path / "file", pipe=pipe, base_id="tiny")
+    told = str(said.pop())
+    assert said == [None, None] and "file is a file" in told
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
+    with pytest.raises(ArtifactError, match=r"the first process did not save the artefact: .* is a file"):
+        artifact.save(eraser, tmp_path / "file", pipe=pipe, base_id="tiny")

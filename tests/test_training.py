@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,14 @@ def test_momentum_makes_it_plain_descent_and_resumes(tmp_path: Path) -> None:
                 raise KeyboardInterrupt  # once, after the third step
             return (w - target).square().sum()
 
-        train({"w": w}, loss, steps=5, lr=0.1, momentum=0.9, checkpoint=tmp_path, save_every=3)
+        train({"w": w}, loss, steps=5, lr=0.1, momentum=0.9, checkpoint=tmp_path, save_every=2)
         return w.detach()
 
     log: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         run()
     resumed = run()
-    assert log == [0, 1, 2, 3, 3, 4]
+    assert log == [0, 1, 2, 3, 2, 3, 4]
     by_hand = velocity = torch.zeros(3, dtype=torch.float64)
     for _ in range(5):
         velocity = 0.9 * velocity + 2 * (by_hand - target)
@@ -129,6 +129,42 @@ def test_float16_weights_need_gradients_that_are_scaled() -> None:
     w = torch.ones(2, dtype=torch.float16, requires_grad=True)
     with pytest.raises(ErasureError, match="precision fp16"):
         train({"w": w}, lambda step, generator: w.float().sum(), steps=1, lr=0.1)
+
+
+def test_float16_gradients_are_scaled_on_every_device(tmp_path: Path) -> None:
+    """Of 1e-8, which float16 rounds to zero: Adam's epsilon of the same size leaves half of each step."""
+    w = torch.ones(2, dtype=torch.float16, requires_grad=True)
+    train({"w": w}, lambda step, generator: (w * 1e-4).float().sum() * 1e-4, steps=5, lr=0.01, precision="fp16")
+    assert w.tolist() == pytest.approx([0.975, 0.975], abs=1e-3)
+
+
+def test_the_scale_goes_down_where_float16_overflows_and_is_resumed(tmp_path: Path) -> None:
+    """A gradient of 10 fits below 65504 from the fifth step on, at a scale of 4096; until then nothing moves."""
+    seen: list[int] = []
+
+    def run() -> list[float]:
+        w = torch.ones(2, dtype=torch.float16, requires_grad=True)
+
+        def loss(step: int, generator: torch.Generator) -> Tensor:
+            seen.append(step)
+            if len(seen) == 4:
+                raise KeyboardInterrupt
+            return (w * 10).float().sum()
+
+        train({"w": w}, loss, steps=7, lr=0.01, precision="fp16", checkpoint=tmp_path, save_every=2)
+        found: list[float] = w.tolist()
+        return found
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert run() == pytest.approx([0.97, 0.97], abs=1e-3) and seen == [0, 1, 2, 3, 2, 3, 4, 5, 6]
+
+
+def test_float16_that_overflows_at_every_scale_is_divergence() -> None:
+    w = torch.zeros(2, dtype=torch.float16, requires_grad=True)
+    with pytest.raises(Diverged, match="step 21 of 30, with a gradient that is not finite"):
+        train({"w": w}, lambda step, generator: w.float().abs().sqrt().sum(), steps=30, lr=0.1, precision="fp16")
+    assert torch.equal(w, torch.zeros(2, dtype=torch.float16))
 
 
 def test_autocast_is_on_for_the_loss_where_asked_for() -> None:
@@ -179,11 +215,43 @@ def test_a_run_that_died_at_any_step_ends_with_the_weights_of_an_unbroken_one(tm
         first.train(callbacks=watched(first), checkpoint=tmp_path, save_every=2)
     again = Toy()
     resumed = again.train(callbacks=watched(again), checkpoint=tmp_path, save_every=2)
-    assert resumed.resumed == killed_at // 2 * 2 and resumed.losses == log.losses
+    assert resumed.resumed == (killed_at - 1) // 2 * 2 and resumed.losses == log.losses  # a state is kept in the step after it
     assert equal(again.weights(), whole.weights())
     third = Toy()  # a finished run, called again, does nothing and ends the same
     assert third.train(callbacks=watched(third), checkpoint=tmp_path, save_every=2).resumed == STEPS
     assert equal(third.weights(), whole.weights())
+
+
+class Counted(Callback):
+    """Counts what the loss has seen; its state changes between two steps, and it has no repr of its own."""
+
+    def __init__(self, toy: Toy) -> None:
+        self.seen, inner = 0, toy.loss
+
+        def loss(step: int, generator: torch.Generator) -> Tensor:
+            self.seen += 1
+            return inner(step, generator)
+
+        toy.loss = loss  # type: ignore[method-assign]
+
+    def state(self) -> dict[str, Tensor]:
+        return {"seen": torch.tensor(self.seen)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.seen = int(state["seen"])
+
+
+@pytest.mark.parametrize("killed_at", range(3, 7))
+def test_a_users_callback_is_resumed_in_the_state_of_its_step(tmp_path: Path, killed_at: int) -> None:
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    first, again = Toy(fail_at=killed_at, act=die), Toy()
+    with pytest.raises(KeyboardInterrupt):
+        first.train(callbacks=[Counted(first)], checkpoint=tmp_path, save_every=2)
+    counted = Counted(again)
+    assert again.train(callbacks=[counted], checkpoint=tmp_path, save_every=2).resumed == (killed_at - 1) // 2 * 2
+    assert counted.seen == STEPS
 
 
 CHILD = """
@@ -262,6 +330,25 @@ def test_divergence_stops_names_its_step_and_keeps_the_last_good_state(tmp_path:
     assert len(state["losses"]) == 4 and state["weights.w"].isfinite().all() and w.isfinite().all()
 
 
+def test_a_state_whose_loss_is_no_number_is_not_the_last_good_one(tmp_path: Path) -> None:
+    """w goes 0.35, 0.25, 0.15, 0.05, -0.05: the fourth step was fine, and where it went is not."""
+
+    def run(folder: Path, lr: float = 0.1) -> Tensor:
+        w = torch.tensor([0.35], requires_grad=True)
+        train({"w": w}, lambda step, generator: w.log().sum(), steps=20, lr=lr, checkpoint=folder, save_every=2)
+        return w.detach()
+
+    said = r"step 5 of 20, with a loss of nan; try a smaller lr than 0\.1 \(.*of step 2, is in .*need a fresh start: remove it, or"
+    for _ in range(2):  # begun, and gone on with
+        with pytest.raises(Diverged, match=said):
+            run(tmp_path / "a")
+    state = load_file(tmp_path / "a" / CHECKPOINT)
+    assert len(state["losses"]) == 2 and float(state["weights.w"]) == pytest.approx(0.15, abs=1e-2)
+    with pytest.raises(ErasureError, match=r"lr was 0\.1, is 0\.01"):
+        run(tmp_path / "a", 0.01)
+    assert float(run(tmp_path / "b", 0.01)) == pytest.approx(0.15, abs=1e-2)
+
+
 def test_a_gradient_that_is_not_finite_is_divergence_too() -> None:
     w = torch.zeros(3, requires_grad=True)
     with pytest.raises(Diverged, match=r"step 1 of 2, with a gradient that is not finite.*no state was saved"):
@@ -311,6 +398,15 @@ def test_validation_keeps_the_best_and_stops_when_it_gets_no_better() -> None:
     assert torch.equal(toy.weights()[0], line.seen[1])
 
 
+def test_a_measurement_that_is_no_number_is_the_worst() -> None:
+    toy, line = Toy(), Line()
+    values = iter([math.nan, 3.0, math.nan, 4.0])
+    check = Validate(lambda: next(values), every=1, patience=2)
+    log = toy.train(callbacks=[line, check])
+    assert "no better than 3 in 2 measurements" in log.stop and len(log.losses) == 4
+    assert torch.equal(toy.weights()[0], line.seen[1])
+
+
 def test_validation_stops_at_its_goal_and_sees_the_weights_of_the_step() -> None:
     toy = Toy()
     seen: list[Tensor] = []
@@ -332,37 +428,92 @@ import os
 import sys
 from pathlib import Path
 import torch
-from tests.test_training import Toy
-toy = Toy()
-log = toy.train(steps=4)
-torch.save((toy.weights(), log.losses), sys.argv[1])
+from tests.test_training import as_a_rank
+torch.save(as_a_rank(int(os.environ["RANK"]), Path(sys.argv[1])), Path(sys.argv[1]) / (os.environ["RANK"] + ".pt"))
 torch.distributed.destroy_process_group()
-os._exit(0)  # all is saved: gloo's threads outlive the interpreter now and then, and abort it
+threads = [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in threads if "gloo" in name], threads  # one that outlives the interpreter aborts it now and then
 """
 
 
-def test_two_processes_train_as_one_with_two_micro_batches(tmp_path: Path) -> None:
+class Halt(Callback):
+    """Stops one process after three steps."""
+
+    def __init__(self, here: bool) -> None:
+        self.here = here
+
+    def step(self, run: Training) -> None:
+        if self.here and run.step == 3:
+            run.stop = "enough"
+
+
+def as_a_rank(rank: int, folder: Path) -> dict[str, Any]:
+    """What one of two processes ends with, case by case: its weights, its losses, and why it stopped or what it raised."""
+
+    def ends(**options: Any) -> Any:
+        toy = Toy()
+        try:
+            log = toy.train(**{"steps": 4, **options})
+        except ErasureError as error:
+            return str(error)
+        return toy.weights(), list(log.losses), log.stop
+
+    values = iter([[3.0, 2.0, 2.01], [3.0, 2.0, 1.99]][rank])
+    return {
+        "plain": ends(),
+        "goal": ends(steps=6, callbacks=[Validate(lambda: 0.05 + rank * 1e-4, every=2, goal=0.05)]),
+        "best": ends(steps=6, callbacks=[Validate(lambda: next(values), every=2)]),
+        "halt": ends(steps=6, callbacks=[Halt(rank == 1)]),
+        "saved": ends(checkpoint=folder / f"own-{rank}"),
+        "not seen by both": ends(checkpoint=folder / f"own-{rank}"),
+    }
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the two processes of one launch end with."""
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parent.parent
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path / f"{rank}.pt")],
-            cwd=root,
+            [sys.executable, "-c", RANK, str(folder)],
+            cwd=Path(__file__).parent.parent,
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-    (first, losses), (second, _) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=240)
+            assert process.returncode == 0, errors
+    finally:
+        for process in ranks:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_processes_train_as_one_with_two_micro_batches(both: list[dict[str, Any]]) -> None:
+    (first, losses, _), (second, _, _) = (ended["plain"] for ended in both)
     one = Toy()
     log = one.train(steps=4, accumulation=2)
     assert equal(first, second) and losses == pytest.approx(log.losses, rel=1e-5)
     for ours, theirs in zip(one.weights(), first, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "steps", "said"), [("goal", 2, "reached 0.05 at step 2, as asked"), ("best", 6, ""), ("halt", 3, "enough")]
+)
+def test_two_processes_that_measure_differently_stop_and_end_alike(both: list[dict[str, Any]], case: str, steps: int, said: str) -> None:
+    (first, losses, stop), (second, _, other) = (ended[case] for ended in both)
+    assert len(losses) == steps and stop == other == said and equal(first, second)
+
+
+def test_processes_that_do_not_see_the_same_state_are_told(both: list[dict[str, Any]]) -> None:
+    for ended in both:
+        assert "the processes found states of steps 4, 0: give a folder that all of them see" in ended["not seen by both"]

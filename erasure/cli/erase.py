@@ -24,7 +24,7 @@ app = App(name="erase", help_format="plaintext", help_epilogue=epilogue("erase")
 
 
 def erase(method: "ErasureMethod", base: Base, what: What, out: Path, seed: int, json: bool, dry_run: bool) -> None:
-    """Fit, save, and say where the artefact is."""
+    """Fit, save, and say where the artefact is; of several processes the first one does the latter two."""
     from erasure.eval.engines.ranks import Rank
 
     from .. import artifact
@@ -42,9 +42,9 @@ def erase(method: "ErasureMethod", base: Base, what: What, out: Path, seed: int,
     training = out.with_name(f".{out.name}.training")  # a killed fit goes on from there
     eraser = method.fit(pipe, concepts, run=Run(seed=seed, progress=chatty(json), checkpoint=training if method.trained else None))
     seconds = time.perf_counter() - started
-    if not Rank.here().first:  # of several processes that trained together one writes
-        return
     folder = artifact.save(eraser, out, pipe=pipe, base_id=base.model, seed=seed, cost={"fit_seconds": round(seconds, 3)})
+    if not Rank.here().first:
+        return
     shutil.rmtree(training, ignore_errors=True)
     config = artifact.read_config(folder)
     if json:
@@ -82,11 +82,22 @@ def _command(cls: "type[ErasureMethod]") -> Callable[..., None]:
         json: Json = False,
         dry_run: DryRun = False,
     ) -> None:
-        erase(config, base, what, out, seed, json, dry_run)
+        try:
+            erase(config, base, what, out, seed, json, dry_run)
+        finally:
+            _leave()
 
     group = Group("Method", help=inspect.getdoc(cls) or "", sort_key=1)
     command.__annotations__["config"] = Annotated[cls, Parameter(name="*", group=group)]
     return command
+
+
+def _leave() -> None:
+    """Close the group of the processes that trained together, if there is one: left open, it warns at exit."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 PREFIX = "fit_"

@@ -7,12 +7,14 @@ cause and fix in the message; 130 stopped by Ctrl-C; 141 the reader of a pipe we
 import logging
 import os
 import sys
+from dataclasses import fields
 from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 
 from .. import __version__
 from ..errors import ErasureError
+from ..registry import methods
 from .examples import epilogue
 from .failures import BUG, explain
 
@@ -32,7 +34,7 @@ VERBS = {
     "bench": ("bench:bench", "Erase, generate, score and compare, from nothing to table and report."),
 }
 """Verb -> where it is, and what it does; imported when it is called."""
-ALONE = ("erase", "export", "merge", "bench")
+ALONE = ("export", "merge", "bench")
 """Verbs whose work no launcher can share."""
 
 app = App(
@@ -67,11 +69,18 @@ def launch(
     log.handlers = [RichHandler(console=Console(stderr=True), show_path=False, show_time=False)]
     rank = Rank.here()
     log.setLevel(logging.ERROR if quiet or not rank.first else logging.INFO if verbose else logging.WARNING)
-    if rank.count > 1 and tokens and tokens[0] in ALONE:
-        raise ErasureError(f"`erasure {tokens[0]}` is the work of one process, the launcher started {rank.count}: run it without launcher")
+    if rank.count > 1 and (command := _alone(tokens)):
+        raise ErasureError(f"`erasure {command}` is the work of one process, the launcher started {rank.count}: run it without launcher")
     if not rank.first and "--dry-run" in tokens:
         return  # the first one says it
     app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+
+
+def _alone(tokens: tuple[str, ...]) -> str:
+    """The command, if no launcher can share its work, else "". Fits are shared by micro-batches, which not all methods take."""
+    if tokens[:1] == ("erase",) and tokens[1:] and tokens[1] in methods.names():
+        return "" if "accumulation" in {field.name for field in fields(methods.get(tokens[1]))} else f"erase {tokens[1]}"
+    return tokens[0] if tokens and tokens[0] in ALONE else ""
 
 
 def main(arguments: list[str] | None = None) -> int:
