@@ -74,7 +74,7 @@ def parameters(pipe: Any, family: Family, part: TextPart, layers: Sequence[str])
     if missing := [layer for layer in layers if not any(_within(name, (layer,)) for name in found)]:
         known = f"({found[0]}, …)" if found else "(it has none)"
         raise NothingAttached(
-            f"{type(pipe).__name__} has no layer {missing[0]!r} among those of its CLIP encoders that {part} trains {known}"
+            f"{type(pipe).__name__} has no layer {missing[0]!r} among those that {part} trains in its CLIP encoders {known}"
         )
     return [name for name in found if _within(name, layers)] if layers else found
 
