@@ -115,7 +115,6 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
         ABLATION | {"part": "full", "lr": 2e-4, "images": 192, "retain_scale": 3.0},
         ABLATION | {"part": "x", "lr": 6e-4, "images": 192, "retain_scale": 3.0},
         ABLATION | {"lr": 1.2e-3, "images": 192},
-        {"preset": "canvas", "cut_start": True},
     ],
     "salun": [
         {"preset": "canvas"},

@@ -182,7 +182,7 @@ def test_a_flagged_image_is_blurred_until_it_is_pressed(page: Any) -> None:
     page.find_element("id", "unblur").click()
     assert page.find_element("id", "unblur").text == "Show image"
     keys(page, "ESCAPE")
-    assert blurred(page)[0], "blurred again, and so in the page"
+    wait(page, "return document.querySelector('button.shot').classList.contains('blurred')")  # blurred again, and so in the page
 
 
 def test_blurring_can_be_asked_for_all_and_for_none(page: Any) -> None:
