@@ -1,6 +1,7 @@
 """GS-LoRA: the group lasso and its proximal step by hand, the bound, and concepts one after another."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,24 @@ def test_a_group_ends_at_zero_where_its_loss_pulls_less_than_alpha() -> None:
     )  # fmt: skip
     assert weights["near"].tolist() == [0.0] * 16
     assert weights["far"].tolist() == pytest.approx([0.25] * 16, rel=0.05)
+
+
+def test_the_penalty_is_the_same_after_a_kill(tmp_path: Path) -> None:
+    def trained(folder: Path | None, killed: bool = False) -> list[float]:
+        weights = {"a": torch.linspace(0.1, 1.0, 8), "b": torch.linspace(1.0, 2.0, 8)}
+
+        def loss(step: int, draw: torch.Generator) -> torch.Tensor:
+            if killed and step == 5:
+                raise KeyboardInterrupt
+            return sum(((w - torch.rand(8, generator=draw)) ** 2).sum() for w in weights.values()) + torch.zeros(())
+
+        penalty = gs_lora.Shrink(0.5, [["a"], ["b"]])
+        train(weights, loss, steps=8, lr=0.01, checkpoint=folder, save_every=2, callbacks=[penalty])
+        return [value for weight in weights.values() for value in weight.tolist()]
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, killed=True)
+    assert trained(tmp_path) == trained(None)
 
 
 def test_some_blocks_go_and_others_stay_by_the_size_of_their_gradients() -> None:
