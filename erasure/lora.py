@@ -88,13 +88,13 @@ def collect(pipe: Any, adapter: str) -> dict[str, Tensor]:
         for key, tensor in get_peft_model_state_dict(module, adapter_name=adapter).items():
             layer, _, side = key.removesuffix(".weight").rpartition(".")
             scale = scales[layer] if side == "lora_B" else 1.0
-            factors[f"{component}.{file_name(pipe, component, layer)}.{side}.weight"] = (scale * tensor.detach()).cpu()
+            factors[f"{component}.{file_name(component, layer)}.{side}.weight"] = (scale * tensor.detach()).cpu()
     if not factors:
         raise NothingAttached(f"the pipeline has no adapter {adapter!r}; it has {pipe.get_list_adapters() or 'none'}")
     return factors
 
 
-def file_name(pipe: Any, component: str, layer: str) -> str:
+def file_name(component: str, layer: str) -> str:
     """A layer's name in files: as in the model, with the prefix that CLIP text encoders had up to transformers 4."""
     bare = component.startswith("text_encoder") and not layer.startswith(ENCODER) and layer.startswith("encoder.layers.")
     return f"{ENCODER}{layer}" if bare else layer

@@ -115,7 +115,7 @@ def layers_of(experts: Sequence[Expert]) -> Layers:
     for i, expert in enumerate(experts):
         for component, layers in by_component(expert).items():
             for layer, pair in layers.items():
-                name = f"{component}.{file_name(None, component, layer)}"
+                name = f"{component}.{file_name(component, layer)}"
                 if pair.keys() != {"A", "B"} or pair["B"].shape[1:] != (len(pair["A"]), *(1 for _ in pair["A"].shape[2:])):
                     raise ErasureError(f"{name} of expert {i + 1} is no pair of lora_A [r, in, ...] and lora_B [out, r, ...] of one rank")
                 found.setdefault(name, []).append((i, pair))

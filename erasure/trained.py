@@ -236,8 +236,12 @@ class LowRankMethod(TrainedMethod):
     rank: int | None = None
     """Train a LoRA of this rank on the part's linear layers, instead of the weights: a small file that other tools load."""
 
+    def chosen(self, pipe: Any, family: Family) -> list[str]:
+        """Dotted names of the parameters, or of those of the layers that get a LoRA."""
+        return tuning.chosen(pipe, family, self.part, self.layers)
+
     def tuned(self, pipe: Any, family: Family, seed: int) -> AbstractContextManager[Tuned]:
-        names = tuning.chosen(pipe, family, self.part, self.layers)
+        names = self.chosen(pipe, family)
         return tuning.weights(pipe, names) if self.rank is None else tuning.lora(pipe, names, self.rank, seed)
 
     def fit(self, pipe: Any, concepts: Sequence[Concept], *, run: Run = Run()) -> WeightEraser | AdapterEraser:  # type: ignore[override]

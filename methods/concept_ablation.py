@@ -93,9 +93,8 @@ class ConceptAblation(LowRankMethod):
 def _keys_and_values(of: Denoising) -> Iterator[nn.Module]:
     """Layers that make keys and values of the prompt in a UNet; none in other denoisers."""
     for _, denoiser in of.family.parts(of.pipe):
-        for name, module in denoiser.named_modules():
-            if hasattr(denoiser, "up_blocks") and name.endswith(of.family.cross_kv):
-                yield module
+        if hasattr(denoiser, "up_blocks"):
+            yield from (module for name, module in denoiser.named_modules() if name.endswith(of.family.cross_kv))
 
 
 def _without_start(layer: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -148,7 +148,10 @@ class GSLoRA(TrainedMethod):
         return self.eraser(tuple(concepts), so_far)
 
     def eraser(self, concepts: tuple[Concept, ...], tensors: Mapping[str, Tensor]) -> AdapterEraser:  # type: ignore[override]
-        return AdapterEraser(self, concepts, tensors)
+        norms = [float(group_lasso([[tensors[name] for name in group]])) for group in groups_of(tensors)]
+        return AdapterEraser(
+            self, concepts, tensors, notes={"Blocks": {"feed-forwards": {"all": len(norms), "left alone": norms.count(0)}}}
+        )
 
     def optimiser(self) -> dict[str, Any]:
         return {"clip": 1.0}

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
@@ -22,7 +21,6 @@ from erasure.errors import ErasureError, NothingAttached
 from erasure.families import Family
 from erasure.trained import FROM_PRESET, LowRankMethod, OfPreset, Session
 from erasure.training import Loss
-from erasure.tuning import Tuned
 
 log = logging.getLogger("erasure")
 JUDGE = "judge_dev"
@@ -110,12 +108,12 @@ class SafetyDPO(LowRankMethod):
                 "above 0, drop from 0 to below 1, warmup from 0 on and threshold above 0 up to 1"
             )
 
-    def tuned(self, pipe: Any, family: Family, seed: int) -> AbstractContextManager[Tuned]:
+    def chosen(self, pipe: Any, family: Family) -> list[str]:
         inside = set(tuning.chosen(pipe, family, self.part))
-        names = [name for name in tuning.chosen(pipe, family, "full", self.layers) if name in inside]
+        names = [name for name in super().chosen(pipe, family) if name in inside]
         if not names:
             raise NothingAttached(f"safety_dpo: none of the layers {', '.join(self.layers)} is in the part {self.part!r}")
-        return tuning.weights(pipe, names) if self.rank is None else tuning.lora(pipe, names, self.rank, seed)
+        return names
 
     def ceiling(self) -> float:
         return super().ceiling() * max(1.0, self.beta / 2)

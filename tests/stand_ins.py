@@ -45,7 +45,7 @@ class RandomLoRA(ErasureMethod):
                 wanted = (self.layers in name or (part == "text_encoder" and "self_attn" in name)) and "lora_" not in name
                 if type(layer) is torch.nn.Linear and wanted:
                     rank = self.rank + (len(factors) % 6 == 0)
-                    key = f"{part}.{lora.file_name(pipe, part, name)}"
+                    key = f"{part}.{lora.file_name(part, name)}"
                     factors[f"{key}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=generator)
                     factors[f"{key}.lora_B.weight"] = self.size * torch.randn(layer.out_features, rank, generator=generator)
         return self.eraser(tuple(concepts), factors)

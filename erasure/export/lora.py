@@ -98,7 +98,7 @@ def _approximate(
     for key, tensor in changes.items():
         component, _, layer = key.removesuffix(".weight").partition(".")
         b, a, missing = factorise(tensor, rank, error)
-        stem = f"{component}.{file_name(pipe, component, layer)}"
+        stem = f"{component}.{file_name(component, layer)}"
         factors[f"{stem}.lora_A.weight"], factors[f"{stem}.lora_B.weight"] = a.float(), b.float()
         lost, worst = lost + (missing * float(tensor.norm())) ** 2, max(worst, missing)
     total = math.sqrt(sum(float(tensor.norm()) ** 2 for tensor in changes.values()))

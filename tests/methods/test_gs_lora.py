@@ -95,7 +95,10 @@ def test_some_blocks_go_and_others_stay_by_the_size_of_their_gradients() -> None
     def norms(**settings: Any) -> list[float]:
         eraser = GSLoRA.from_config({**QUICK, "steps": 30, "bound": 5.0, **settings}).fit(sd1(), [CONCEPT], run=Run(progress=False))
         tensors = eraser.factors
-        return [float(gs_lora.group_lasso([[tensors[name] for name in group]])) for group in gs_lora.groups_of(tensors)]
+        found = [float(gs_lora.group_lasso([[tensors[name] for name in group]])) for group in gs_lora.groups_of(tensors)]
+        zeros = sum(not any(tensors[name].any() for name in group) for group in gs_lora.groups_of(tensors))
+        assert eraser.details() == {"Blocks": {"feed-forwards": {"all": len(found), "left alone": zeros}}}
+        return found
 
     free, some, term = norms(alpha=0.0), norms(alpha=3e-3), norms(alpha=3e-3, penalty="loss")
     assert min(free) > 1
