@@ -28,6 +28,7 @@ from overhead import canvas, environment, sd15
 from page import put
 from torch import Tensor
 
+from erasure.callbacks import Callback
 from erasure.concept import Concept
 from erasure.errors import ErasureError
 from erasure.eval.memory import peak_memory
@@ -35,7 +36,7 @@ from erasure.families import family_of
 from erasure.method import ErasureMethod, Run
 from erasure.registry import methods
 from erasure.trained import LowRankMethod, Session
-from erasure.training import Callback, Loss, Training
+from erasure.training import Loss, Training
 
 ROOT = Path(__file__).parent.parent
 JSON, PAGE = ROOT / "docs" / "benchmarks" / "train_step.json", ROOT / "docs" / "performance.md"

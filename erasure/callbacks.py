@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -14,7 +14,31 @@ from tqdm.auto import tqdm
 
 from .canvas.splits import splits
 from .errors import ErasureError
-from .training import Callback, Training
+
+if TYPE_CHECKING:
+    from .training import Training
+
+
+class Callback:
+    """Something that watches a run. One whose state is not empty takes part in checkpoints, and its repr in what must agree on resume."""
+
+    def __repr__(self) -> str:
+        return type(self).__name__  # that of object would be another in each process
+
+    def start(self, run: "Training") -> None:
+        """Before the first step, or the first after a resume; ``load`` comes later."""
+
+    def step(self, run: "Training") -> None:
+        """After an optimiser step; ``run.stop`` set to a reason, by one process or all, makes it the last."""
+
+    def end(self, run: "Training") -> None:
+        """After the last step."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what ``state`` gave."""
 
 
 class Progress(Callback):
@@ -24,15 +48,15 @@ class Progress(Callback):
         self.name, self.show = name, show
         self.bar: Any = None
 
-    def start(self, run: Training) -> None:
+    def start(self, run: "Training") -> None:
         self.bar = tqdm(total=run.steps, desc=self.name, disable=not (self.show and PartialState().is_main_process))
 
-    def step(self, run: Training) -> None:
+    def step(self, run: "Training") -> None:
         recent = run.losses[-20:]
         self.bar.set_postfix(loss=f"{sum(recent) / len(recent):.4g}", refresh=False)
         self.bar.update(run.step - self.bar.n)
 
-    def end(self, run: Training) -> None:
+    def end(self, run: "Training") -> None:
         self.close()
 
     def close(self) -> None:
@@ -49,16 +73,16 @@ class Ema(Callback):
     average: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """Averages by name, float32."""
 
-    def start(self, run: Training) -> None:
+    def start(self, run: "Training") -> None:
         self.average = {name: weight.detach().clone() for name, weight in run.weights.items()}
 
     @torch.no_grad()
-    def step(self, run: Training) -> None:
+    def step(self, run: "Training") -> None:
         decay = min(self.decay, (1 + run.step) / (10 + run.step))
         for name, weight in run.weights.items():
             self.average[name].lerp_(weight.detach(), 1 - decay)
 
-    def end(self, run: Training) -> None:
+    def end(self, run: "Training") -> None:
         run.write(self.average)
 
     def state(self) -> dict[str, Tensor]:
@@ -68,7 +92,7 @@ class Ema(Callback):
         self.average = {name: tensor.to(self.average[name]) for name, tensor in state.items()}
 
     @contextmanager
-    def applied(self, run: Training) -> Iterator[None]:
+    def applied(self, run: "Training") -> Iterator[None]:
         """The averages in place of the weights, for a while."""
         kept = {name: weight.detach().clone() for name, weight in run.weights.items()}
         run.write(self.average)
@@ -96,7 +120,7 @@ class Validate(Callback):
     """Measurements by step."""
     best: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def step(self, run: Training) -> None:
+    def step(self, run: "Training") -> None:
         if run.step % self.every and run.step < run.steps:
             return
         if self.ema is None:
@@ -112,14 +136,14 @@ class Validate(Callback):
             run.stop = f"no better than {min(since):g} in {waited} measurements"
 
     @torch.no_grad()
-    def _measure(self, run: Training) -> None:
+    def _measure(self, run: "Training") -> None:
         [value] = broadcast_object_list([float(self.measure())])
         value = math.inf if math.isnan(value) else value
         if not self.values or value < min(self.values.values()):
             self.best = {name: weight.detach().clone() for name, weight in run.weights.items()}
         self.values[run.step] = value
 
-    def end(self, run: Training) -> None:
+    def end(self, run: "Training") -> None:
         if self.best:
             run.write(self.best)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from .errors import ErasureError
 
 if TYPE_CHECKING:
-    from .training import Callback, Training
+    from .callbacks import Callback
+    from .training import Training
 
 log = logging.getLogger("erasure")
 NOTHING_LEFT = "no state was saved"

@@ -19,7 +19,7 @@ from .seams import weights
 from .seams.instance import overridden
 
 if TYPE_CHECKING:
-    from .training import Callback
+    from .callbacks import Callback
 
 log = logging.getLogger("erasure")
 

@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 
 from . import fingerprint, tuning
 from .adapter import AdapterEraser
-from .callbacks import Progress
+from .callbacks import Callback, Progress
 from .concept import Concept
 from .denoising import Denoising
 from .errors import ErasureError, NotErased
 from .families import Family
 from .method import ErasureMethod, Run, WeightEraser
-from .training import Callback, Loss, train
+from .training import Loss, train
 from .tuning import Part, Tuned
 
 T = TypeVar("T")

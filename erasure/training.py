@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor
 
+from .callbacks import Callback
 from .checkpoint import NOTHING_LEFT, Checkpoint, digest
 from .errors import ErasureError
 
@@ -30,28 +31,6 @@ class Diverged(ErasureError):
     """Training left the range of numbers, or went where its loss cannot be meant to go."""
 
     exit_code = 1
-
-
-class Callback:
-    """Something that watches a run. One whose state is not empty takes part in checkpoints, and its repr in what must agree on resume."""
-
-    def __repr__(self) -> str:
-        return type(self).__name__  # that of object would be another in each process
-
-    def start(self, run: "Training") -> None:
-        """Before the first step, or the first after a resume; ``load`` comes later."""
-
-    def step(self, run: "Training") -> None:
-        """After an optimiser step; ``run.stop`` set to a reason, by one process or all, makes it the last."""
-
-    def end(self, run: "Training") -> None:
-        """After the last step."""
-
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what ``state`` gave."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch.nn.functional import relu
 
 from erasure import tuning
 from erasure.adapter import AdapterEraser
+from erasure.callbacks import Callback
 from erasure.concept import Concept
 from erasure.errors import ErasureError, NothingAttached
 from erasure.families import Family
@@ -19,7 +20,7 @@ from erasure.merging import added, delta
 from erasure.method import Run
 from erasure.seams import weights
 from erasure.trained import FROM_PRESET, OfPreset, Session, TrainedMethod, check_concepts
-from erasure.training import Callback, Loss, Training
+from erasure.training import Loss, Training
 from erasure.tuning import Tuned
 
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from erasure.callbacks import Ema, Validate
-from erasure.training import Callback, Training
+from erasure.callbacks import Callback, Ema, Validate
+from erasure.training import Training
 from tests.test_training import Toy
 
 

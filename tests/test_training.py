@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from erasure.callbacks import Ema, Progress, Validate
+from erasure.callbacks import Callback, Ema, Progress, Validate
 from erasure.errors import ErasureError
-from erasure.training import CHECKPOINT, Callback, Diverged, TrainLog, factor, train
+from erasure.training import CHECKPOINT, Diverged, TrainLog, factor, train
 
 STEPS = 9
 

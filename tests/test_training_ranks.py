@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from erasure.callbacks import Validate
+from erasure.callbacks import Callback, Validate
 from erasure.errors import ErasureError
-from erasure.training import Callback, Training
+from erasure.training import Training
 from tests.test_training import Toy, equal
 
 RANK = """

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erasure.callbacks import Progress
+from erasure.callbacks import Callback, Progress
 from erasure.families import family_of
-from erasure.training import Callback, Training, train
+from erasure.training import Training, train
 
 from .coder import SparseCoder, SparseCoderConfig
 from .hookpoints import activations, find
