@@ -31,7 +31,7 @@ class AdvUnlearn(TrainedMethod):
     In each step an attacker moves token embeddings until the model predicts at the attacked prompt what the base predicts for the concept;
     then the model learns ESD's target there, and the base's predictions for what is retained. What is trained by default is the CLIP text
     encoder, so the artefact is that alone, and every pipeline that reads it is erased. On FLUX.1, CLIP gives only the pooled vector
-    and on SD3 T5 reads the prompt too: there it weakens a concept at most.
+    and on SD3 T5 reads the prompt too: there what T5 says stays as it was.
 
     Unlike the released code: the attack is projected, its gradients do not pile up, all pieces of the concept's words stay in the prompt,
     and training goes on at the attack's last state. States lie on the ways to images that the base made once; for the text encoder
