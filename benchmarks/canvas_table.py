@@ -292,7 +292,9 @@ def _spread(row: Row) -> str:
         return "-"
     named = [100 * v.value for own in seeds if (v := row.rate("erased", "named", "target_present", of=own))]
     kept = [v.value for own in seeds if (v := row.difference("kept", "all", of=own))]
-    return f"named {min(named):.1f}-{max(named):.1f}%, kept {_signed(min(kept))} to {_signed(max(kept))} ({len(seeds)} seeds)"
+    shared, of_all = (len({cell.concept for cell in cells}) for cells in (seeds[0], row.done))
+    over = f"{len(seeds)} seeds" + (f" of {shared} of {of_all} concepts" if shared < of_all else "")
+    return f"named {min(named):.1f}-{max(named):.1f}%, kept {_signed(min(kept))} to {_signed(max(kept))} ({over})"
 
 
 def _concept(row: Row, concept: str) -> str:

@@ -116,7 +116,7 @@ def test_limits_of_uneven_means_are_rounded_outwards(table: Any, docs: Docs) -> 
 
 def test_spread_over_seeds_is_of_concepts_that_all_seeds_have(table: Any, docs: Docs) -> None:
     """Ink has seed 0 alone, and would make it look better than the others."""
-    assert table._spread(rows(table, docs)["esd"]) == "named 2.5-7.5%, kept -10.0 to +0.0 (3 seeds)"
+    assert table._spread(rows(table, docs)["esd"]) == "named 2.5-7.5%, kept -10.0 to +0.0 (3 seeds of 1 of 2 concepts)"
 
 
 def test_missing_and_failed_cells_are_said_and_never_filled_in(table: Any, docs: Docs) -> None:
